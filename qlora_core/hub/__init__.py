@@ -1,0 +1,1 @@
+"""Where models and data come from: a package, a folder, a GGUF file, a hub."""

@@ -1,0 +1,1 @@
+"""An adapter into the unquantized base, shard by shard, proven."""

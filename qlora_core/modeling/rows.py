@@ -1,0 +1,116 @@
+"""Prepared rows on disk: memory-mapped Arrow files of token ids and loss masks, shared by training and evaluation.
+
+A prepared data set holds
+
+    train.arrow, evaluation.arrow    row_id string, input_ids list<int32>, loss_mask list<uint8>
+    prompts.arrow                    row_id, prompt string, prompt_ids list<int32>, expected string; one per evaluation row
+    forgetting.arrow                 like train.arrow, windows of plain text with loss on every token
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+TOKEN_SCHEMA = pa.schema(
+    [("row_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8()))]
+)
+PROMPT_SCHEMA = pa.schema(
+    [
+        ("row_id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("prompt", pa.string()),
+        ("expected", pa.string()),
+    ]
+)
+
+
+class TokenRow(NamedTuple):
+    """One row: ids and mask have the same length; a mask of 1 means that predicting this token carries loss."""
+
+    row_id: str
+    input_ids: NDArray[np.int32]
+    loss_mask: NDArray[np.uint8]
+
+
+class PromptRow(NamedTuple):
+    """One evaluation row as a question: the rendered prompt up to the answer, and the answer that is expected."""
+
+    row_id: str
+    prompt_ids: list[int]
+    prompt: str
+    expected: str
+
+
+class TokenRows(Sequence[TokenRow]):
+    """Random access to a file of token rows without reading it into memory."""
+
+    def __init__(self, path: Path) -> None:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
+        self._ids, self._masks, self._names = (_single(table, c) for c in ("input_ids", "loss_mask", "row_id"))
+        self._offsets = self._ids.offsets.to_numpy() if len(table) else np.zeros(1, np.int32)
+        self._flat_ids = self._ids.values.to_numpy() if len(table) else np.zeros(0, np.int32)
+        self._flat_masks = self._masks.values.to_numpy() if len(table) else np.zeros(0, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self._offsets) - 1
+
+    def __getitem__(self, index: int) -> TokenRow:  # type: ignore[override]  # slices are not needed
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index %= len(self)
+        span = slice(self._offsets[index], self._offsets[index + 1])
+        return TokenRow(self._names[index].as_py(), self._flat_ids[span], self._flat_masks[span])
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Tokens of each row, shape `[rows]`."""
+        lengths: NDArray[np.int64] = np.diff(self._offsets).astype(np.int64)
+        return lengths
+
+    @property
+    def trained_tokens(self) -> NDArray[np.int64]:
+        """Tokens that carry loss in each row, shape `[rows]`; the first token of a row is never predicted."""
+        sums = np.concatenate([[0], np.cumsum(self._flat_masks, dtype=np.int64)])
+        return sums[self._offsets[1:]] - sums[self._offsets[:-1]]
+
+
+def write_token_rows(path: Path, rows: Iterable[TokenRow]) -> None:
+    """Write rows in the order given; a mask on a row's first token is cleared, as nothing predicts it."""
+    _write(path, TOKEN_SCHEMA, (_without_first(row)._asdict() for row in rows))
+
+
+def write_prompts(path: Path, prompts: Iterable[PromptRow]) -> None:
+    """Write the prompts of the evaluation rows."""
+    _write(path, PROMPT_SCHEMA, (prompt._asdict() for prompt in prompts))
+
+
+def read_prompts(path: Path) -> list[PromptRow]:
+    """The prompts of the evaluation rows, in their order."""
+    return [PromptRow(**row) for row in pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_pylist()]
+
+
+def _without_first(row: TokenRow) -> TokenRow:
+    mask = np.array(row.loss_mask, dtype=np.uint8)
+    mask[:1] = 0
+    return row._replace(loss_mask=mask)
+
+
+def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, object]], batch_rows: int = 4096) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
+        batch: list[dict[str, object]] = []
+        for row in rows:
+            batch.append(row)
+            if len(batch) == batch_rows:
+                writer.write(pa.RecordBatch.from_pylist(batch, schema=schema))
+                batch = []
+        if batch:
+            writer.write(pa.RecordBatch.from_pylist(batch, schema=schema))
+
+
+def _single(table: pa.Table, column: str) -> pa.Array:
+    chunked = table[column]
+    return chunked.chunk(0) if chunked.num_chunks else pa.array([], type=chunked.type)

@@ -1,0 +1,39 @@
+"""The tokenizer of a model folder, its chat template, and what identifies both."""
+
+import json
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from qlora_core.errors import SourceError
+from qlora_core.store import sha256_of_json
+
+
+def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
+    """The folder's fast tokenizer, padding on the right; a missing pad token becomes the end of text.
+
+    Raises:
+        SourceError: there is none, or only a slow one, which cannot say where its tokens stand in the text.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise SourceError(f"{path} holds no tokenizer that transformers can read: {error}") from None
+    if not tokenizer.is_fast:
+        raise SourceError(f"{path} holds a slow tokenizer; a tokenizer.json is needed, convert it with transformers")
+    tokenizer.padding_side = "right"
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of vocabulary, merges, pre-tokenizer and special tokens: equal digests give equal ids."""
+    return sha256_of_json(
+        {"backend": json.loads(tokenizer.backend_tokenizer.to_str()), "special": tokenizer.special_tokens_map}
+    )
+
+
+def template_digest(tokenizer: PreTrainedTokenizerFast) -> str:
+    """SHA-256 of the chat template, of nothing if the model has none."""
+    return sha256_of_json(tokenizer.chat_template)

@@ -1,0 +1,197 @@
+"""Run a stage's work in its own process group and follow what it reports.
+
+A child gets one folder, kept inside the stage's work directory:
+
+    spec.json       what to do, written by the parent
+    events.jsonl    what it reports (see `events.py`), appended by the child, followed by the parent
+    delivered       how many bytes of events.jsonl were handed on, so that nothing is reported twice
+    result.json     the record it made, or the error it met
+    log.txt         everything that it or its libraries print
+
+GPU memory is back when the child ends, an out-of-memory kill does not take the flow down, and no child outlives its
+parent: it asks the kernel to be killed when the parent dies, and the parent kills the whole group whenever it leaves.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from qlora_core.artifacts import Record
+from qlora_core.errors import ERRORS_BY_NAME, ChildError, QloraError
+from qlora_core.events import EVENT, Metrics, Note, Progress, Report
+from qlora_core.store import write_atomically
+
+POLL_S = 0.1
+GRACE_S = 10.0
+LOG_LINES_IN_ERROR = 15
+PR_SET_PDEATHSIG = 1
+
+
+def run_child(entry: str, spec: Record, folder: Path, report: Report, processes: int = 1) -> dict[str, Any]:
+    """Call `entry` (`package.module:function`) with `spec` in a child process and return the record it made, as JSON.
+
+    The function takes the spec as a JSON mapping and a `Report`. With several processes it runs once in each under
+    torchrun, and only rank 0 reports and answers.
+
+    Raises:
+        QloraError: what the child raised, of the same type.
+        ChildError: the child died without a result.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    result = folder / "result.json"
+    result.unlink(missing_ok=True)
+    write_atomically(folder / "spec.json", spec.model_dump_json())
+    with (folder / "log.txt").open("ab") as log:
+        child = subprocess.Popen(
+            _command(entry, folder, processes),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_environment(processes),
+        )
+        try:
+            while child.poll() is None:
+                deliver(folder, report)
+                time.sleep(POLL_S)
+            deliver(folder, report)
+        finally:
+            _end_group(child)
+    return _outcome(folder, child.returncode)
+
+
+def deliver(folder: Path, report: Report) -> None:
+    """Hand on the events that were written since the last call, each once, whole lines only."""
+    events, mark = folder / "events.jsonl", folder / "delivered"
+    if not events.is_file():
+        return
+    start = int(mark.read_text()) if mark.is_file() else 0
+    with events.open("rb") as file:
+        file.seek(start)
+        block = file.read()
+    whole = block[: block.rfind(b"\n") + 1]
+    if not whole:
+        return
+    for line in whole.splitlines():
+        report(EVENT.validate_json(line))
+    write_atomically(mark, str(start + len(whole)))
+
+
+def tail(path: Path, lines: int = LOG_LINES_IN_ERROR) -> str:
+    """The last lines of a log, for an error message; empty if there is none."""
+    if not path.is_file():
+        return ""
+    return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
+
+
+def _command(entry: str, folder: Path, processes: int) -> Sequence[str]:
+    work = ["-m", "qlora_core.process", "work", str(os.getpid()), entry, str(folder)]
+    if processes == 1:
+        return [sys.executable, *work]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launch = ["-m", "qlora_core.process", "exec", str(os.getpid()), sys.executable, *torchrun]
+    return [sys.executable, *launch, "-m", "qlora_core.process", "work", "torchrun", entry, str(folder)]
+
+
+def _environment(processes: int) -> dict[str, str]:
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **offline, **os.environ}
+
+
+def _end_group(child: "subprocess.Popen[bytes]") -> None:
+    """End the child's whole process group: politely first, then for good."""
+    for number, patience_s in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+        try:
+            os.killpg(child.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            child.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+    child.wait(GRACE_S)
+
+
+def _outcome(folder: Path, returncode: int) -> dict[str, Any]:
+    result = folder / "result.json"
+    if not result.is_file():
+        how = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with code {returncode}"
+        hint = "; SIGKILL often means that the machine ran out of memory" if returncode == -signal.SIGKILL else ""
+        raise ChildError(
+            f"the child process {how} and left no result{hint}. The same command goes on from its last checkpoint. "
+            f"The end of {folder / 'log.txt'}:\n{tail(folder / 'log.txt')}"
+        )
+    outcome: dict[str, Any] = json.loads(result.read_text())
+    if "error" in outcome:
+        kind = ERRORS_BY_NAME.get(outcome["error"]["type"])
+        if kind is not None:
+            raise kind(outcome["error"]["message"])
+        raise ChildError(
+            f"the child process failed with {outcome['error']['type']}: {outcome['error']['message']}. "
+            f"The end of {folder / 'log.txt'}:\n{tail(folder / 'log.txt')}"
+        )
+    record: dict[str, Any] = outcome["record"]
+    return record
+
+
+def die_with_parent(parent: str) -> None:
+    """Ask the kernel to kill this process when its parent dies, and leave at once if that has happened already."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if parent.isdigit() and os.getppid() != int(parent):
+        sys.exit(1)
+
+
+class _EventFile:
+    """The child's end of events.jsonl; only rank 0 writes."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def __call__(self, event: Metrics | Progress | Note) -> None:
+        self._file.write(event.model_dump_json() + "\n")
+
+
+def _work(entry: str, folder: Path) -> int:
+    """The child's main: call the entry and leave its record or its error behind."""
+    from qlora_core.events import ignore
+
+    rank_zero = os.environ.get("RANK", "0") == "0"
+    report: Report = _EventFile(folder / "events.jsonl") if rank_zero else ignore
+    module, _, function = entry.partition(":")
+    try:
+        spec = json.loads((folder / "spec.json").read_text())
+        record: Record = getattr(importlib.import_module(module), function)(spec, report)
+        outcome, code = {"record": record.model_dump(mode="json")}, 0
+    except Exception as error:
+        traceback.print_exc()
+        known = type(error).__name__ if isinstance(error, QloraError) else f"{type(error).__qualname__}"
+        outcome, code = {"error": {"type": known, "message": str(error)}}, 1
+    if rank_zero or code:
+        write_atomically(folder / "result.json", json.dumps(outcome))
+    return code
+
+
+def main(arguments: Sequence[str]) -> int:
+    """`work PARENT ENTRY FOLDER` runs a stage; `exec PARENT COMMAND...` becomes a launcher that dies with it."""
+    verb, parent, *rest = arguments
+    die_with_parent(parent)
+    if verb == "exec":
+        os.execv(rest[0], rest)
+    return _work(rest[0], Path(rest[1]))
+
+
+__all__ = ["deliver", "die_with_parent", "run_child", "tail"]
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

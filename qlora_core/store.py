@@ -1,0 +1,164 @@
+"""The artifact store: fingerprint to directory.
+
+    <root>/<stage>/<fingerprint>/           a whole artifact: its files and, written last, manifest.json
+    <root>/work/<stage>-<fingerprint>/      one in the making; kept after a crash so that the stage can resume
+    <root>/locks/<stage>-<fingerprint>.lock
+
+An artifact becomes visible by one rename of its work directory, so a directory below a stage is always whole.
+That gives caching, resuming, "nothing has changed" and lineage by one rule.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from qlora_core.artifacts import Artifact
+from qlora_core.errors import StoreError
+
+MANIFEST = "manifest.json"
+A = TypeVar("A", bound=Artifact)
+
+
+def sha256_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_json(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON (sorted keys, no spaces), in hex; pydantic models are dumped first."""
+    return hashlib.sha256(json.dumps(_plain(value), sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def fingerprint(stage: str, version: int, recipe: Any, inputs: Mapping[str, str]) -> str:
+    """What identifies the output of a stage before it is made.
+
+    Args:
+        stage: its name.
+        version: the stage's own number, raised when its code makes something else from the same input.
+        recipe: the part of the recipe that decides the output.
+        inputs: digests of the artifacts that it reads, by role.
+    """
+    return sha256_of_json({"stage": stage, "version": version, "recipe": recipe, "inputs": dict(inputs)})
+
+
+class Store:
+    """The artifact store below one root directory."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def find(self, kind: type[A], stage: str, key: str) -> A | None:
+        """The artifact of a stage with this fingerprint, or None; file sizes are compared with the manifest.
+
+        Raises:
+            StoreError: it is there but was altered.
+        """
+        folder = self._place(stage, key)
+        if not (folder / MANIFEST).is_file():
+            return None
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, entry in manifest["files"].items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                raise StoreError(
+                    f"{file} is missing or was altered after it was stored; remove {folder} and run again to remake it"
+                )
+        return kind.model_validate({**manifest["record"], "path": folder})
+
+    @contextmanager
+    def workspace(self, stage: str, key: str) -> Iterator[Path]:
+        """Hold the lock of a fingerprint and yield its work directory, with what an earlier attempt left in it.
+
+        A second process that asks for the same fingerprint waits here, and finds the artifact afterwards.
+        """
+        from filelock import FileLock
+
+        locks = self.root / "locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"{stage}-{key}.lock"):
+            folder = self.root / "work" / f"{stage}-{key}"
+            folder.mkdir(parents=True, exist_ok=True)
+            yield folder
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+    def commit(self, artifact: A, stage: str, key: str, keep: tuple[str, ...] = ("**/*",)) -> A:
+        """Turn a work directory into an artifact: hash its files, write the manifest, rename.
+
+        Args:
+            artifact: the record, its `path` still the work directory.
+            stage: name of the stage.
+            key: its fingerprint.
+            keep: glob patterns of what belongs to the artifact; anything else in the directory is removed.
+        """
+        work, place = artifact.path, self._place(stage, key)
+        _remove_all_but(work, keep)
+        files = {
+            file.relative_to(work).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
+            for file in sorted(work.rglob("*"))
+            if file.is_file() and file.name != MANIFEST
+        }
+        digest = sha256_of_json({name: entry["sha256"] for name, entry in files.items()})
+        stored = artifact.model_copy(update={"path": place, "digest": digest, "fingerprint": key})
+        record = stored.model_dump(mode="json", exclude={"path"})
+        write_atomically(work / MANIFEST, json.dumps({"stage": stage, "record": record, "files": files}, indent=1))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        work.rename(place)
+        _sync(place.parent)
+        return stored
+
+    def _place(self, stage: str, key: str) -> Path:
+        if not (len(key) == 64 and all(c in "0123456789abcdef" for c in key)):
+            raise StoreError(f"{key!r} is no fingerprint; it must be the 64 hex digits that `fingerprint` returns")
+        return self.root / stage / key
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file so that a reader sees the old or the new text, never a part: temporary name, fsync, rename."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _remove_all_but(work: Path, keep: tuple[str, ...]) -> None:
+    kept = {file for pattern in keep for file in work.glob(pattern)}
+    for file in sorted(work.rglob("*"), reverse=True):
+        if file.is_dir() and not file.is_symlink():
+            if not any(file.iterdir()):
+                file.rmdir()
+        elif file not in kept:
+            file.unlink()
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, BaseModel):
+        return value.model_dump(mode="json")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+def discard(folder: Path) -> None:
+    """Remove a directory that is not needed any more; one that is gone already is fine."""
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""One QLoRA adapter, trained in its own process."""
