@@ -3,7 +3,7 @@
 A prepared data set holds
 
     train.arrow, evaluation.arrow    row_id string, input_ids list<int32>, loss_mask list<uint8>
-    prompts.arrow                    row_id, prompt string, prompt_ids list<int32>, expected string; one per evaluation row
+    prompts.arrow                    row_id, prompt string, prompt_ids list<int32>, expected string; evaluation rows
     forgetting.arrow                 like train.arrow, windows of plain text with loss on every token
 """
 
@@ -75,7 +75,8 @@ class TokenRows(Sequence[TokenRow]):
     def trained_tokens(self) -> NDArray[np.int64]:
         """Tokens that carry loss in each row, shape `[rows]`; the first token of a row is never predicted."""
         sums = np.concatenate([[0], np.cumsum(self._flat_masks, dtype=np.int64)])
-        return sums[self._offsets[1:]] - sums[self._offsets[:-1]]
+        trained: NDArray[np.int64] = sums[self._offsets[1:]] - sums[self._offsets[:-1]]
+        return trained
 
 
 def write_token_rows(path: Path, rows: Iterable[TokenRow]) -> None:
