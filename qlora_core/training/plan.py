@@ -1,0 +1,50 @@
+"""Which rows each optimizer step trains on: a pure function of the seed, known to every process and after any crash."""
+
+from collections.abc import Sequence
+from math import ceil
+
+import numpy as np
+from numpy.typing import NDArray
+
+MICRO_BATCH_TOKENS = 4096
+"""What `micro_batch_size: auto` lets one forward pass hold, padding included."""
+
+
+def plan_steps(
+    rows: int, effective_batch_rows: int, epochs: float, max_steps: int | None, seed: int
+) -> list[NDArray[np.int64]]:
+    """Row numbers of every optimizer step.
+
+    Each epoch is a new permutation. Steps run over the border of an epoch, so every step but the last of training
+    has exactly `effective_batch_rows` rows.
+    """
+    total_rows = max(1, round(rows * epochs))
+    order = np.concatenate([_permutation(rows, seed, epoch) for epoch in range(ceil(total_rows / rows))])[:total_rows]
+    steps = [order[at : at + effective_batch_rows] for at in range(0, total_rows, effective_batch_rows)]
+    return steps[:max_steps]
+
+
+def micro_batches(
+    step: NDArray[np.int64], lengths: NDArray[np.int64], micro_batch_size: int | str
+) -> list[NDArray[np.int64]]:
+    """Split a step's rows into forward passes of rows of similar length, longest first.
+
+    Longest first, because a step that does not fit in memory should fail at its beginning.
+    """
+    ordered = step[np.argsort(-lengths[step], kind="stable")]
+    if micro_batch_size == "auto":
+        micro_batch_size = max(1, MICRO_BATCH_TOKENS // int(lengths[ordered[0]]))
+    size = int(micro_batch_size)
+    return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+
+def share_of(batches: Sequence[NDArray[np.int64]], rank: int, processes: int) -> list[NDArray[np.int64]]:
+    """The micro-batches of one process; all processes get equally many, some of them perhaps empty."""
+    rounds = ceil(len(batches) / processes)
+    nothing = np.zeros(0, np.int64)
+    mine = list(batches[rank::processes])
+    return mine + [nothing] * (rounds - len(mine))
+
+
+def _permutation(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    return np.random.default_rng((seed, epoch)).permutation(rows)
