@@ -1,0 +1,74 @@
+"""Merge: an adapter into the unquantized base, shard by shard, proven."""
+
+import json
+from pathlib import Path
+
+from qlora_core.artifacts import Adapter, MergedModel, ModelSnapshot, PreparedDataset
+from qlora_core.errors import MergeError
+from qlora_core.events import Report
+from qlora_core.merging.spec import KEEP, MODEL, PROOF, VERSION, MergeSpec
+from qlora_core.process import run_child
+from qlora_core.recipe import MergeRecipe
+from qlora_core.store import sha256_of_json, write_atomically
+
+ENTRY = "qlora_core.merging.worker:work"
+OWNER = "merge-of.json"
+
+
+def merge(
+    recipe: MergeRecipe, base: ModelSnapshot, adapter: Adapter, dataset: PreparedDataset, into: Path, report: Report
+) -> MergedModel:
+    """Write `into/model`, the base with the adapter added into its weights, and prove that it is what it should be.
+
+    The work runs in a child process below `into/child`. What an interrupted attempt left is written anew; the same
+    input gives the same bytes on every run and any number of threads.
+
+    Returns:
+        The merged model, its `path` still `into`; `KEEP` says which of the files there belong to it.
+
+    Raises:
+        MergeError: the adapter belongs to another base, the base is quantized, something is missing or damaged, there
+            is no disk space, or the proof failed.
+        ChildError: the child was killed.
+    """
+    _refuse_another_base(base, adapter)
+    _refuse_quantized(base)
+    spec = MergeSpec(recipe=recipe, base=base, adapter=adapter, dataset=dataset, into=into)
+    _own(into, spec)
+    record = run_child(ENTRY, spec, into / "child", report)
+    return MergedModel.model_validate({**record, "path": into})
+
+
+def _refuse_another_base(base: ModelSnapshot, adapter: Adapter) -> None:
+    if adapter.base_digest != base.digest:
+        raise MergeError(
+            f"the adapter was trained on the base with digest {adapter.base_digest[:12]} and not on {base.source} "
+            f"with digest {base.digest[:12]}; merge it into the model that it was trained on"
+        )
+
+
+def _refuse_quantized(base: ModelSnapshot) -> None:
+    config = base.path / "config.json"
+    if not config.is_file():
+        raise MergeError(f"{base.path} holds no config.json; a model folder of transformers is needed")
+    kind = base.quantization or json.loads(config.read_text()).get("quantization_config")
+    if kind:
+        named = kind if isinstance(kind, str) else kind.get("quant_method", "unknown")
+        raise MergeError(
+            f"{base.source} is quantized ({named}), and weights are never merged into a quantized model; "
+            "merge into the model that it was quantized from"
+        )
+
+
+def _own(into: Path, spec: MergeSpec) -> None:
+    """Mark the directory as this merge's, so that no other merge is ever written over or mixed with it."""
+    into.mkdir(parents=True, exist_ok=True)
+    digests = [part.digest for part in (spec.base, spec.adapter, spec.dataset)]
+    mark, identity = into / OWNER, sha256_of_json([VERSION, spec.recipe, *digests])
+    ours = mark.read_text() == identity if mark.is_file() else not (into / MODEL).exists()
+    if not ours:
+        raise MergeError(f"{into} holds the output of another merge; give an empty folder or remove it")
+    write_atomically(mark, identity)
+
+
+__all__ = ["KEEP", "MODEL", "PROOF", "VERSION", "merge"]

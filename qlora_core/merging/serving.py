@@ -1,0 +1,79 @@
+"""Everything that serving needs beside the weights."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from qlora_core.modeling.tokenizer import load_tokenizer
+
+CONFIG = "config.json"
+GENERATION = "generation_config.json"
+NOT_COPIED_SUFFIXES = frozenset(
+    {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
+)
+NOT_COPIED_NAMES = frozenset(
+    {CONFIG, GENERATION, "manifest.json", "README.md", "quantize_config.json", "quantization_config.json"}
+)
+ANSWER = "An answer."
+
+
+def write_serving_files(base: Path, model: Path, dtype: str | None) -> None:
+    """Copy the base's tokenizer, template, licence and code files, and write the configurations.
+
+    Args:
+        base: the base's folder.
+        model: the merged model's folder.
+        dtype: what the weights were cast to; None when they keep the base's.
+    """
+    for file in sorted(base.rglob("*")):
+        name = file.relative_to(base)
+        if file.is_file() and not _is_weights_or_ours(name):
+            (model / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, model / name)
+    config = json.loads((base / CONFIG).read_text())
+    _write(model / CONFIG, _with_dtype(config, dtype))
+    _write(model / GENERATION, _generation(base, config))
+
+
+def turn_end_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The id of the special token that the chat template puts right after an answer, None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": ANSWER}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    ids = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]
+    return next((token for token in ids if token in tokenizer.all_special_ids), None)
+
+
+def _is_weights_or_ours(name: Path) -> bool:
+    hidden = any(part.startswith(".") for part in name.parts)
+    weights = name.suffix in NOT_COPIED_SUFFIXES or name.name.endswith(".index.json")
+    return hidden or weights or name.name in NOT_COPIED_NAMES
+
+
+def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    if dtype is None:
+        return config
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    return {**config, key: dtype}
+
+
+def _generation(base: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """The base's generation settings, which stop at the end of a turn as well."""
+    tokenizer = load_tokenizer(base)
+    file = base / GENERATION
+    settings = json.loads(file.read_text()) if file.is_file() else {"bos_token_id": config.get("bos_token_id")}
+    known = settings.get("eos_token_id", config.get("eos_token_id"))
+    stops = [known] if isinstance(known, int) else list(known or ())
+    stops += [token for token in (turn_end_token(tokenizer), tokenizer.eos_token_id) if token is not None]
+    stops = list(dict.fromkeys(stops))
+    settings["eos_token_id"] = stops[0] if len(stops) == 1 else stops
+    settings.setdefault("pad_token_id", tokenizer.pad_token_id)
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _write(file: Path, value: dict[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,28 @@
+"""What the merging child process is asked to do, and the names of the places it fills."""
+
+from pathlib import Path
+
+from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset, Record
+from qlora_core.recipe import MergeRecipe
+
+VERSION = 1
+"""Raised when merging makes something else from the same input."""
+
+MODEL = "model"
+"""Folder of the merged model: what plain transformers loads."""
+
+PROOF = "proof"
+"""Folder of what was checked: changes.json and changes.png."""
+
+KEEP = (f"{MODEL}/**/*", f"{PROOF}/**/*")
+"""Glob patterns of what belongs to the artifact."""
+
+
+class MergeSpec(Record):
+    """Everything the child needs; `into` is the stage's work directory."""
+
+    recipe: MergeRecipe
+    base: ModelSnapshot
+    adapter: Adapter
+    dataset: PreparedDataset
+    into: Path
