@@ -1,0 +1,80 @@
+"""A model folder, a GGUF file, a data file or a folder of data files on this machine."""
+
+import json
+from pathlib import Path
+
+from qlora_core.errors import SourceError
+from qlora_core.events import Report
+from qlora_core.hub.disk import digest_of_files
+from qlora_core.hub.resolved import Files, Resolved
+from qlora_core.hub.select import select_data_files, select_model_files
+from qlora_core.recipe import LocalSource
+
+
+def resolve(source: LocalSource, downloads: Path) -> Resolved:
+    """Pin the source to a digest of what it holds now.
+
+    Raises:
+        SourceError: the path does not exist or holds nothing that can be used.
+    """
+    path = source.path
+    if not path.exists():
+        near = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
+        hint = f"that folder holds {', '.join(near)}" if near else f"the folder {path.parent} does not exist either"
+        raise SourceError(f"path: {path} does not exist; {hint}. A relative path starts at the recipe's folder")
+    files = _model(path) if _is_model(path) else _data(path)
+    return Resolved(
+        source=source, description=f"local {path}", revision=digest_of_files(files, downloads), name=path.name
+    )
+
+
+def model_files(source: LocalSource, resolved: Resolved, downloads: Path, scratch: Path, report: Report) -> Files:
+    """The files of a model folder, or one GGUF file.
+
+    Raises:
+        SourceError: it is no model, or has changed since it was resolved.
+    """
+    if not _is_model(source.path):
+        raise SourceError(f"{source.path} is no model; it must be a folder with a config.json, or a .gguf file")
+    return _unchanged(_model(source.path), resolved, downloads)
+
+
+def data_files(source: LocalSource, resolved: Resolved, downloads: Path, scratch: Path, report: Report) -> Files:
+    """The one data file, or all data files of the folder.
+
+    Raises:
+        SourceError: there are none, or they have changed since they were resolved.
+    """
+    return _unchanged(_data(source.path), resolved, downloads)
+
+
+def _is_model(path: Path) -> bool:
+    return path.suffix == ".gguf" if path.is_file() else (path / "config.json").is_file()
+
+
+def _model(path: Path) -> Files:
+    if path.is_file():
+        return {path.name: path}
+    names = select_model_files(_names(path), str(path))
+    index = path / "model.safetensors.index.json"
+    if index.is_file() and "model.safetensors" not in names:
+        missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - set(names))
+        if missing:
+            raise SourceError(f"{path} is not whole: {index.name} names {', '.join(missing[:5])}; copy them there")
+    return {name: path / name for name in names}
+
+
+def _data(path: Path) -> Files:
+    if path.is_file():
+        return {path.name: path}
+    return {name: path / name for name in select_data_files(_names(path), str(path))}
+
+
+def _names(folder: Path) -> list[str]:
+    return [file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()]
+
+
+def _unchanged(files: Files, resolved: Resolved, downloads: Path) -> Files:
+    if digest_of_files(files, downloads) != resolved.revision:
+        raise SourceError(f"{resolved.description} changed while it was being used; run again when it is quiet")
+    return files
