@@ -1,0 +1,73 @@
+"""What every format is turned into: a conversation of messages, and where it came from."""
+
+import hashlib
+import json
+from typing import Any, Literal, NamedTuple
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+
+class Call(NamedTuple):
+    """A function that the assistant asks for."""
+
+    name: str
+    arguments: Any
+
+
+class Message(NamedTuple):
+    """One turn; an assistant turn that calls functions holds them in `calls`."""
+
+    role: Role
+    content: str
+    calls: tuple[Call, ...] = ()
+
+
+class Conversation(NamedTuple):
+    """One row of training data."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    file: str = ""
+    row: int = 0
+    """Counted from 1: the line of a JSONL file, the item of a JSON list."""
+
+    @property
+    def place(self) -> str:
+        """`file:row`, which identifies the row for people."""
+        return f"{self.file}:{self.row}"
+
+    @property
+    def function(self) -> str | None:
+        """Name of the first function that is called, if one is."""
+        return next((call.name for message in self.messages for call in message.calls), None)
+
+
+def content_key(conversation: Conversation) -> str:
+    """32 hex digits that depend on nothing but what is said and which tools there are."""
+    said = [[message.role, message.content, message.calls] for message in conversation.messages]
+    return hashlib.blake2b(compact_json([said, conversation.tools]).encode(), digest_size=16).hexdigest()
+
+
+def compact_json(value: Any) -> str:
+    """JSON without spaces, characters beyond ASCII as they are: the form in which calls and tools are written."""
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def as_text(conversation: Conversation) -> Conversation:
+    """The same in plain turns, for templates without tools: calls become JSON, tools join the system prompt."""
+    messages = [Message(m.role, _text_of(m)) for m in conversation.messages]
+    if conversation.tools:
+        tools = f"Tools: {compact_json(conversation.tools)}"
+        if messages[0].role == "system":
+            messages[0] = Message("system", f"{messages[0].content}\n{tools}")
+        else:
+            messages.insert(0, Message("system", tools))
+    return conversation._replace(messages=tuple(messages), tools=())
+
+
+def _text_of(message: Message) -> str:
+    if not message.calls:
+        return message.content
+    written = [call._asdict() for call in message.calls]
+    calls = compact_json(written[0] if len(written) == 1 else written)
+    return f"{message.content}\n{calls}" if message.content else calls

@@ -1,0 +1,192 @@
+"""The forms in which conversations come, and how each becomes a `Conversation`.
+
+- alpaca: instruction, input, output, and optionally system and history (pairs of question and answer).
+- sharegpt: conversations [{from, value}], and optionally system and tools; Belle and Qwen name the roles differently.
+- messages: OpenAI's messages [{role, content, tool_calls}], and optionally tools.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from qlora_core.data.conversation import Call, Conversation, Message, Role
+from qlora_core.data.reasons import RowProblem
+
+Row = Mapping[str, Any]
+
+ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "function_call": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+
+
+class Format(NamedTuple):
+    """How one format is recognized and read."""
+
+    fields: frozenset[str]
+    """A row that has all of them is in this format."""
+    read: Callable[[Row], Iterator[Message]]
+
+
+def to_conversation(row: Any, name: str, file: str, number: int) -> Conversation:
+    """Read one row in the format `name`; `auto` looks at its fields.
+
+    Raises:
+        RowProblem: the row is not what the format says.
+    """
+    if not isinstance(row, dict):
+        raise RowProblem("not_object", f"found {type(row).__name__}")
+    form = _recognize(row) if name == "auto" else FORMATS[name]
+    missing = sorted(form.fields - row.keys())
+    if missing:
+        raise RowProblem("missing_field", f"`{missing[0]}` is missing; the row has {_names(row)}")
+    messages = tuple(form.read(row))
+    _check_turns(messages)
+    return Conversation(messages, _tools(row.get("tools")), file, number)
+
+
+def _recognize(row: Row) -> Format:
+    for form in FORMATS.values():
+        if form.fields <= row.keys():
+            return form
+    raise RowProblem("unknown_format", f"the row has {_names(row)}; known are {_known()}")
+
+
+def _alpaca(row: Row) -> Iterator[Message]:
+    if row.get("system"):
+        yield Message("system", _text(row, "system"))
+    for pair in row.get("history") or ():
+        if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair)):
+            raise RowProblem("wrong_type", "`history` must be a list of pairs of question and answer")
+        yield Message("user", pair[0])
+        yield Message("assistant", pair[1])
+    question = [_text(row, "instruction"), _text(row, "input") if row.get("input") else ""]
+    yield Message("user", "\n".join(part for part in question if part))
+    yield Message("assistant", _text(row, "output"))
+
+
+def _sharegpt(row: Row) -> Iterator[Message]:
+    if row.get("system"):
+        yield Message("system", _text(row, "system"))
+    for turn in _turns(row, "conversations"):
+        name = _text(turn, "from")
+        if name == "function_call":
+            yield _calling("", _parse_calls(_text(turn, "value")))
+        else:
+            yield Message(_role(name), _text(turn, "value"))
+
+
+def _openai(row: Row) -> Iterator[Message]:
+    for turn in _turns(row, "messages"):
+        role = _role(_text(turn, "role"))
+        content = turn.get("content")
+        text = "" if content is None else _text(turn, "content")
+        calls = turn.get("tool_calls")
+        yield _calling(text, _openai_calls(calls)) if calls else Message(role, text)
+
+
+FORMATS: dict[str, Format] = {
+    "messages": Format(frozenset({"messages"}), _openai),
+    "sharegpt": Format(frozenset({"conversations"}), _sharegpt),
+    "alpaca": Format(frozenset({"instruction", "output"}), _alpaca),
+}
+
+
+def _calling(content: str, calls: Iterable[Call]) -> Message:
+    return Message("assistant", content, tuple(calls))
+
+
+def _openai_calls(calls: Any) -> list[Call]:
+    if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+        raise RowProblem("bad_tool_call", "`tool_calls` must be a list of objects")
+    return [_call(call.get("function", call)) for call in calls]
+
+
+def _parse_calls(text: str) -> list[Call]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RowProblem("bad_tool_call", f"not JSON: {_short(text)}") from None
+    return [_call(item) for item in (value if isinstance(value, list) else [value])]
+
+
+def _call(value: Any) -> Call:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        raise RowProblem("bad_tool_call", f"no function name in {_short(value)}")
+    arguments = value.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments) if arguments.strip() else {}
+        except (ValueError, RecursionError):
+            raise RowProblem("bad_tool_call", f"the arguments are not JSON: {_short(arguments)}") from None
+    return Call(value["name"], arguments)
+
+
+def _tools(value: Any) -> tuple[dict[str, Any], ...]:
+    if isinstance(value, str):
+        if not value.strip():
+            return ()
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise RowProblem("bad_tools", f"`tools` is not JSON: {_short(value)}") from None
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
+        raise RowProblem("bad_tools", f"`tools` is {_short(value)}")
+    return tuple(value)
+
+
+def _turns(row: Row, field: str) -> list[Row]:
+    turns = row[field]
+    if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
+        raise RowProblem("wrong_type", f"`{field}` must be a list of objects, it is {_short(turns)}")
+    return turns
+
+
+def _role(name: str) -> Role:
+    role = ROLES.get(name)
+    if role is None:
+        raise RowProblem("unknown_role", f"role {_short(name)}; known are {', '.join(ROLES)}")
+    return role
+
+
+def _text(row: Row, field: str) -> str:
+    if field not in row:
+        raise RowProblem("missing_field", f"`{field}` is missing; found {_names(row)}")
+    value = row[field]
+    if not isinstance(value, str):
+        raise RowProblem("wrong_type", f"`{field}` must be text, it is {_short(value)}")
+    return value
+
+
+def _check_turns(messages: tuple[Message, ...]) -> None:
+    if not any(message.role == "assistant" for message in messages):
+        raise RowProblem("no_answer", f"{len(messages)} turns, none by the assistant")
+    if next(m.role for m in messages if m.role != "system") != "user":
+        raise RowProblem("role_order", "the first turn after the system prompt must be the user's")
+    for at, message in enumerate(messages):
+        if message.role == "system" and at > 0:
+            raise RowProblem("role_order", f"turn {at + 1} is a system prompt; only the first turn may be")
+        if not message.calls and message.role in ("user", "assistant") and not message.content.strip():
+            raise RowProblem("empty_message", f"turn {at + 1} ({message.role}) is empty")
+
+
+def _names(row: Row) -> str:
+    return ", ".join(map(str, list(row)[:8])) or "no fields"
+
+
+def _known() -> str:
+    return "; ".join(f"{name} ({', '.join(sorted(form.fields))})" for name, form in FORMATS.items())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -1,0 +1,88 @@
+"""What happened to the rows: counts by reason with an example each, token counts, lengths, and rows to look at."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from qlora_core.artifacts import Record
+from qlora_core.data.reasons import REASONS, RowProblem
+
+HISTOGRAM_BINS = 20
+
+
+class Example(Record):
+    """Where a reason was met first."""
+
+    file: str
+    row: int
+    detail: str
+
+
+class Drop(Record):
+    """All rows that were dropped for one reason."""
+
+    rows: int
+    example: Example
+
+
+class Tally:
+    """Counts rows while they pass."""
+
+    def __init__(self) -> None:
+        self.read = 0
+        self.drops: dict[str, Drop] = {}
+
+    def drop(self, problem: RowProblem, file: str, row: int) -> None:
+        """Count a row that is not used."""
+        before = self.drops.get(problem.code)
+        if before is None:
+            self.drops[problem.code] = Drop(rows=1, example=Example(file=file, row=row, detail=problem.detail))
+        else:
+            self.drops[problem.code] = before.model_copy(update={"rows": before.rows + 1})
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Reason code to rows."""
+        return {code: drop.rows for code, drop in sorted(self.drops.items())}
+
+    @property
+    def bad(self) -> int:
+        """Rows that are broken, without those that merely do not apply."""
+        return sum(drop.rows for code, drop in self.drops.items() if REASONS[code].bad)
+
+    def table(self) -> str:
+        """One line a reason, most frequent first, with an example and what to do."""
+        lines = []
+        for code, drop in sorted(self.drops.items(), key=lambda item: -item[1].rows):
+            example = drop.example
+            lines.append(
+                f"  {code:<15} {drop.rows:>8} rows: {REASONS[code].meaning}; first at {example.file}:{example.row} "
+                f"({example.detail}). To do: {REASONS[code].remedy}"
+            )
+        return "\n".join(lines)
+
+    def as_json(self) -> dict[str, Any]:
+        """For summary.json."""
+        return {
+            code: {"meaning": REASONS[code].meaning, "remedy": REASONS[code].remedy, **drop.model_dump()}
+            for code, drop in sorted(self.drops.items())
+        }
+
+
+def histogram(lengths: Sequence[int], longest: int) -> dict[str, list[int]]:
+    """Rows by length in tokens: `edges` has one element more than `rows`."""
+    width = max(1, -(-longest // HISTOGRAM_BINS))
+    edges = np.arange(0, width * (HISTOGRAM_BINS + 1), width)
+    rows, _ = np.histogram(lengths, bins=edges)
+    return {"edges_tokens": edges.tolist(), "rows": rows.tolist()}
+
+
+def segments(text: str, trained: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """A row cut where training starts and stops."""
+    parts, at = [], 0
+    for start, end in trained:
+        parts += [(text[at:start], False), (text[start:end], True)]
+        at = end
+    parts.append((text[at:], False))
+    return [{"text": part, "trained": flag} for part, flag in parts if part]

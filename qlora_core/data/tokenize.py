@@ -1,0 +1,46 @@
+"""Texts and character spans to token ids and loss masks, in one tokenization of the whole text."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+from qlora_core.data.template import Rendered
+
+
+class Tokens(NamedTuple):
+    """One row, both `[tokens]`; a mask of 1 means that predicting this token carries loss."""
+
+    ids: NDArray[np.int32]
+    mask: NDArray[np.uint8]
+    trained: tuple[tuple[int, int], ...]
+    """The characters that the trained tokens cover, for showing the row."""
+
+
+def tokenize(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Rendered]) -> list[Tokens]:
+    """Ids and masks of rendered conversations; no special token is added, the template wrote them all."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = backend.encode_batch([row.text for row in rows], add_special_tokens=False)
+    return [_tokens(encoding, row) for encoding, row in zip(encodings, rows, strict=True)]
+
+
+def _tokens(encoding: Any, row: Rendered) -> Tokens:
+    ids = np.array(encoding.ids, dtype=np.int32)
+    mask = np.zeros(len(ids), dtype=np.uint8)
+    trained = []
+    for start, end in row.spans:
+        first, last = _token_at(encoding, range(start, end)), _token_at(encoding, range(end - 1, start - 1, -1))
+        if first is not None and last is not None:
+            mask[first : last + 1] = 1
+            trained.append((encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]))
+    return Tokens(ids, mask, tuple(trained))
+
+
+def _token_at(encoding: Any, characters: range) -> int | None:
+    """The token of the first of these characters that has one; a tokenizer may drop characters."""
+    tokens = (encoding.char_to_token(at) for at in characters)
+    return next((token for token in tokens if token is not None), None)
