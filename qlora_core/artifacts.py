@@ -12,6 +12,9 @@ from pydantic import BaseModel, ConfigDict
 Scores = dict[str, float]
 """Metric name to value, one model."""
 
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting_perplexity", "latency_s"})
+"""Every other metric is better when it is higher, unless its gate says otherwise."""
+
 
 class Record(BaseModel):
     """A frozen record that refuses unknown fields."""
@@ -165,8 +168,10 @@ class GateResult(Record):
     against: Literal["base", "champion", "threshold"]
     value: float | None
     reference: float | None
+    limit: float | None = None
+    """Where the rule draws the line: the reference moved by the tolerance."""
     required: str
-    """The rule in words: `<= 0.3`, `> base`."""
+    """The rule: `<= 0.3`, `> base`."""
     passed: bool
     reason: str
 

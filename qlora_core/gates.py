@@ -1,12 +1,13 @@
 """Whether a candidate may become champion: a pure function of scores and rules."""
 
+import math
 from collections.abc import Sequence
+from typing import Literal
 
-from qlora_core.artifacts import GateResult, PromotionDecision, Scores
+from qlora_core.artifacts import LOWER_IS_BETTER, GateResult, PromotionDecision, Scores
 from qlora_core.recipe import Gate
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting_perplexity", "latency_s"})
-"""Every metric that is not here is better when it is higher, unless its gate says otherwise."""
+Against = Literal["base", "champion", "threshold"]
 
 
 def decide(gates: Sequence[Gate], candidate: Scores, base: Scores, champion: Scores | None) -> PromotionDecision:
@@ -17,58 +18,80 @@ def decide(gates: Sequence[Gate], candidate: Scores, base: Scores, champion: Sco
     results = tuple(_ask(gate, candidate, base, champion) for gate in gates)
     failed = [result for result in results if not result.passed]
     if failed:
-        names = ", ".join(f"{result.metric} against {result.against}" for result in failed)
-        reason = f"{len(failed)} of {len(results)} gates failed: {names}"
+        names = ", ".join(f"{result.metric} against {_name(result)}" for result in failed)
+        reason = f"{len(failed)} of {_count(results)} failed: {names}"
     else:
-        reason = f"all {len(results)} gates passed" + ("" if champion else "; there was no champion to compare with")
+        reason = f"{_count(results)} of {len(results)} passed" if results else "the recipe has no gates"
+        reason += "" if champion is not None else "; there was no champion to compare with"
     return PromotionDecision(promote=not failed, gates=results, reason=reason)
 
 
 def _ask(gate: Gate, candidate: Scores, base: Scores, champion: Scores | None) -> GateResult:
-    value = candidate.get(gate.metric)
     if gate.threshold is not None:
-        return _judge(gate, "threshold", value, gate.threshold, strict=False)
-    if gate.against == "champion":
-        if champion is None:
-            return GateResult(
-                metric=gate.metric,
-                against="champion",
-                value=value,
-                reference=None,
-                required="better than the champion",
-                passed=True,
-                reason="no champion yet",
-            )
-        return _judge(gate, "champion", value, champion.get(gate.metric), strict=gate.tolerance == 0)
-    return _judge(gate, "base", value, base.get(gate.metric), strict=gate.tolerance == 0)
-
-
-def _judge(gate: Gate, against: str, value: float | None, reference: float | None, strict: bool) -> GateResult:
-    lower = (gate.direction or ("lower" if gate.metric in LOWER_IS_BETTER else "higher")) == "lower"
-    sign = ("<" if lower else ">") + ("" if strict else "=")
-    limit = None if reference is None else reference + abs(reference) * gate.tolerance * (1 if lower else -1)
-    required = f"{sign} {against}" if limit is None else f"{sign} {limit:.4g}"
-    if value is None or limit is None:
-        missing = "the candidate" if value is None else f"the {against}"
-        passed, reason = False, f"{missing} has no score named {gate.metric}; add it to evaluation.metrics"
-    else:
-        passed = _compare(value, limit, lower, strict)
-        reason = f"{value:.4g} {'meets' if passed else 'does not meet'} {required}"
-    return GateResult.model_validate(
-        {
-            "metric": gate.metric,
-            "against": against,
-            "value": value,
-            "reference": reference,
-            "required": required,
-            "passed": passed,
-            "reason": reason,
-        }
+        return _judge(gate, "threshold", candidate, gate.threshold)
+    if gate.against == "base":
+        return _judge(gate, "base", candidate, base.get(gate.metric))
+    if champion is not None:
+        return _judge(gate, "champion", candidate, champion.get(gate.metric))
+    return GateResult(
+        metric=gate.metric,
+        against="champion",
+        value=candidate.get(gate.metric),
+        reference=None,
+        required="better than the champion",
+        passed=True,
+        reason="no champion yet",
     )
 
 
-def _compare(value: float, limit: float, lower: bool, strict: bool) -> bool:
-    """NaN compares false with everything, so a score that is not a number never passes."""
-    if lower:
-        return value < limit if strict else value <= limit
-    return value > limit if strict else value >= limit
+def _judge(gate: Gate, against: Against, candidate: Scores, reference: float | None) -> GateResult:
+    value = candidate.get(gate.metric)
+    lower = (gate.direction or ("lower" if gate.metric in LOWER_IS_BETTER else "higher")) == "lower"
+    strict = against != "threshold" and gate.tolerance == 0
+    sign = ("<" if lower else ">") + ("" if strict else "=")
+    limit = None if reference is None else reference + abs(reference) * gate.tolerance * (1 if lower else -1)
+    passed = value is not None and limit is not None and _passes(value, limit, lower, strict)
+    required = f"{sign} {against}" if limit is None else f"{sign} {limit:.4g}"
+    return GateResult(
+        metric=gate.metric,
+        against=against,
+        value=value,
+        reference=reference,
+        limit=limit,
+        required=required,
+        passed=passed,
+        reason=_explain(gate, against, value, reference, required, passed),
+    )
+
+
+def _passes(value: float, limit: float, lower: bool, strict: bool) -> bool:
+    """A score that is not a finite number never passes."""
+    if not (math.isfinite(value) and math.isfinite(limit)):
+        return False
+    if value == limit:
+        return not strict
+    return (value < limit) == lower
+
+
+def _explain(
+    gate: Gate, against: Against, value: float | None, reference: float | None, required: str, passed: bool
+) -> str:
+    if value is None or reference is None:
+        missing = "the candidate" if value is None else f"the {against}"
+        return f"{missing} has no score named {gate.metric}; add its metric to evaluation.metrics"
+    if not math.isfinite(value):
+        return f"the candidate's score is {value}, which no gate accepts"
+    origin = "" if against == "threshold" else f" ({_allowance(gate)}the {against}'s {reference:.4g})"
+    return f"{value:.4g} {'meets' if passed else 'does not meet'} {required}{origin}"
+
+
+def _allowance(gate: Gate) -> str:
+    return f"within {100 * gate.tolerance:g} % of " if gate.tolerance else ""
+
+
+def _name(result: GateResult) -> str:
+    return f"the threshold {result.limit:.4g}" if result.against == "threshold" else f"the {result.against}"
+
+
+def _count(results: Sequence[GateResult]) -> str:
+    return f"{len(results)} gate{'' if len(results) == 1 else 's'}"

@@ -1,0 +1,49 @@
+"""What goes into an evaluation and into its report."""
+
+from pathlib import Path
+
+from pydantic import Field
+
+from qlora_core.artifacts import PreparedDataset, Record
+from qlora_core.recipe import EvaluationRecipe
+
+
+class EvaluationSpec(Record):
+    """One model on the evaluation rows of one data set; what the parent hands to its child process."""
+
+    recipe: EvaluationRecipe
+    seed: int
+    model_path: Path
+    model_digest: str
+    dataset: PreparedDataset
+    into: Path
+
+
+class ReportContext(Record):
+    """What the report says beside scores: where the candidate comes from and how its training went."""
+
+    title: str
+    recipe_name: str
+    created: str
+    """ISO 8601, given by the caller so that the same inputs make the same page."""
+    curve: Path | None = None
+    """JSON lines of training: `step`, `loss`, `learning_rate` and what else was logged."""
+    lineage: tuple[tuple[str, str], ...] = ()
+    """Role and identity: `("base model", "SmolLM2-135M, sha256 b179c952…")`."""
+    timings_s: dict[str, float] = Field(default_factory=dict)
+    """Stage to seconds."""
+
+
+class ScoredAnswer(Record):
+    """One line of answers.jsonl: what one model said to one prompt."""
+
+    row_id: str
+    prompt: str
+    expected: str
+    answer: str
+    stopped: bool
+    """Whether the model ended its turn by itself."""
+    tokens: int
+    metrics: dict[str, float]
+    loss: float | None
+    """Mean loss of the row's trained tokens, in nats."""

@@ -1,0 +1,218 @@
+"""One page that says whether the candidate was promoted, why, and what changed; and the same as data."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from qlora_core.artifacts import EvaluationReport, GateResult, ModelScores, PreparedDataset, PromotionDecision
+from qlora_core.evaluation.examples import choose_examples, read_answers
+from qlora_core.evaluation.metrics import SCORES, describe
+from qlora_core.evaluation.plots import plot_learning_rate, plot_lengths, plot_loss, read_curve
+from qlora_core.evaluation.records import ReportContext
+from qlora_core.modeling.rows import TokenRows
+from qlora_core.store import write_atomically
+
+EXAMPLES = 8
+SPLITS = {"training": "train", "evaluation": "evaluation"}
+NARROW_SPACE = "\u202f"
+
+
+class ScoreLine(NamedTuple):
+    """One line of the before/after table, values as text."""
+
+    title: str
+    values: tuple[str, ...]
+    """Base, candidate and, if there is one, champion."""
+    change: str
+    trend: str
+    """`better`, `worse` or `same`; how the candidate moved from the base."""
+    arrow: str
+
+
+class GateLine(NamedTuple):
+    """One gate in words."""
+
+    title: str
+    rule: str
+    value: str
+    passed: bool
+    note: str
+    """What else there is to say, such as a missing score."""
+
+
+def write_report(
+    report: EvaluationReport,
+    models: Mapping[str, ModelScores],
+    decision: PromotionDecision,
+    dataset: PreparedDataset,
+    context: ReportContext,
+    into: Path,
+) -> None:
+    """Write `report.html` and `report.json`."""
+    answers = {name: read_answers(scores.path) for name, scores in models.items()}
+    examples = choose_examples(answers, EXAMPLES)
+    verdict = state_verdict(decision, report)
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            verdict=verdict,
+            decision=decision,
+            report=report,
+            context=context,
+            gates=[_gate_line(gate) for gate in decision.gates],
+            models=[name.capitalize() for name in models],
+            score_lines=[_score_line(name, models) for name in _score_names(models)],
+            examples=examples,
+            answered_rows=len(answers["candidate"]),
+            plots=_plots(dataset, context),
+            dataset=dataset,
+            seconds=format_seconds,
+        )
+    )
+    write_atomically(into / "report.html", page)
+    data = {
+        "verdict": verdict,
+        "decision": decision.model_dump(mode="json"),
+        "models": {
+            name: scores.model_dump(mode="json", include={"model_digest", "data_digest", "scores", "rows", "seed"})
+            for name, scores in models.items()
+        },
+        "examples": [example.model_dump(mode="json") for example in examples],
+        "data": dataset.model_dump(mode="json", exclude={"path"}),
+        "context": context.model_dump(mode="json", exclude={"curve"}),
+        "curve": read_curve(context.curve),
+    }
+    write_atomically(into / "report.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=True))
+
+
+def state_verdict(decision: PromotionDecision, report: EvaluationReport) -> str:
+    """The decision in one sentence that needs no knowledge of the field.
+
+    A promotion names the score that a gate asked for and that people read most easily (a share, else the first);
+    a refusal names every gate that failed.
+    """
+    if not decision.promote:
+        failed = [gate for gate in decision.gates if not gate.passed]
+        return "Not promoted: " + "; ".join(_failure(gate) for gate in failed) + "."
+    metric = _headline(decision, report)
+    if metric is None:
+        return f"Promoted: {decision.reason}."
+    before, after = report.base.get(metric), report.candidate[metric]
+    moved = f"from {format_score(metric, before)} to " if before is not None else ""
+    return f"Promoted: {describe(metric).title.lower()} went {moved}{format_score(metric, after)}."
+
+
+def format_score(name: str, value: float | None) -> str:
+    """A score as people read it: shares in percent, numbers with three significant digits."""
+    if value is None:
+        return "\u2013"
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite"
+    if describe(name).unit == "share":
+        return f"{100 * value:.{0 if abs(100 * value - round(100 * value)) < 0.05 else 1}f}{NARROW_SPACE}%"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
+def format_seconds(seconds: float) -> str:
+    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
+    if seconds < 60:
+        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _headline(decision: PromotionDecision, report: EvaluationReport) -> str | None:
+    asked = [gate.metric for gate in decision.gates if gate.metric in report.candidate]
+    shares = [metric for metric in asked if describe(metric).unit == "share"]
+    return next(iter(shares or asked), None)
+
+
+def _failure(gate: GateResult) -> str:
+    title = describe(gate.metric).title.lower()
+    if gate.value is None or gate.reference is None:
+        return f"{title} could not be compared, {gate.reason}"
+    return f"{title} is {format_score(gate.metric, gate.value)}, and must be {_rule(gate)}"
+
+
+def _rule(gate: GateResult) -> str:
+    """The rule in words: `above 0 % (base)`."""
+    if gate.limit is None:
+        return gate.required
+    words = {"<": "below", "<=": "at most", ">": "above", ">=": "at least"}[gate.required.partition(" ")[0]]
+    origin = ""
+    if gate.against != "threshold":
+        reference = format_score(gate.metric, gate.reference)
+        origin = f" ({gate.against})" if gate.limit == gate.reference else f" ({gate.against} {reference})"
+    return f"{words} {format_score(gate.metric, gate.limit)}{origin}"
+
+
+def _gate_line(gate: GateResult) -> GateLine:
+    against = {"base": "better than the base", "champion": "better than the champion", "threshold": "fixed limit"}
+    title = f"{describe(gate.metric).title}"
+    rule = _rule(gate) if gate.limit is not None else against[gate.against]
+    note = "" if gate.limit is not None and gate.value is not None else gate.reason
+    return GateLine(title, rule, format_score(gate.metric, gate.value), gate.passed, note)
+
+
+def _score_names(models: Mapping[str, ModelScores]) -> list[str]:
+    """Every score of any model: those the table knows in its order, then the others."""
+    names = {name for scores in models.values() for name in scores.scores}
+    known = [name for name in SCORES if name in names]
+    return known + sorted(names - set(known))
+
+
+def _score_line(name: str, models: Mapping[str, ModelScores]) -> ScoreLine:
+    values = [scores.scores.get(name) for scores in models.values()]
+    base, candidate = values[:2]
+    trend, arrow, change = "same", "", ""
+    if base is not None and candidate is not None and base != candidate:
+        arrow = "↑" if candidate > base else "↓"
+        lower = describe(name).lower_is_better
+        trend = "same" if lower is None else "better" if (candidate < base) == lower else "worse"
+        change = _change(name, base, candidate)
+    return ScoreLine(describe(name).title, tuple(format_score(name, value) for value in values), change, trend, arrow)
+
+
+def _change(name: str, base: float, candidate: float) -> str:
+    """Percentage points for shares, percent of the base for everything else."""
+    if not (math.isfinite(base) and math.isfinite(candidate)):
+        return ""
+    if describe(name).unit == "share":
+        return f"{100 * (candidate - base):+.1f}{NARROW_SPACE}points".replace("-", "\u2212")
+    if base == 0:
+        return ""
+    return f"{100 * (candidate - base) / abs(base):+.0f}{NARROW_SPACE}%".replace("-", "\u2212")
+
+
+def _plots(dataset: PreparedDataset, context: ReportContext) -> dict[str, Markup]:
+    """SVG by name; a plot without data is left out."""
+    points = read_curve(context.curve)
+    lengths = {
+        name: TokenRows(path).lengths.tolist()
+        for name, path in ((name, dataset.path / f"{file}.arrow") for name, file in SPLITS.items())
+        if path.is_file()
+    }
+    plots = {"lengths": plot_lengths(lengths)} if any(lengths.values()) else {}
+    if any("loss" in point for point in points):
+        plots["loss"] = plot_loss(points)
+    if any("learning_rate" in point for point in points):
+        plots["learning_rate"] = plot_learning_rate(points)
+    return {name: Markup(svg) for name, svg in plots.items()}
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=PackageLoader("qlora_core.evaluation", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )

@@ -1,0 +1,158 @@
+"""The evaluation's child process: load one model, score it, leave behind what it said."""
+
+import random
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from qlora_core.artifacts import ModelScores, PreparedDataset, Record, Scores
+from qlora_core.errors import EvaluationError
+from qlora_core.evaluation.generation import Answer, end_of_turn_ids, generate
+from qlora_core.evaluation.likelihood import RowLoss, row_losses, summarize
+from qlora_core.evaluation.metrics import Metric, find_metrics, score_answer
+from qlora_core.evaluation.records import EvaluationSpec, ScoredAnswer
+from qlora_core.events import Progress, Report
+from qlora_core.modeling.device import pick_device
+from qlora_core.modeling.load import load_full
+from qlora_core.modeling.rows import PromptRow, TokenRow, TokenRows, read_prompts
+from qlora_core.modeling.tokenizer import load_tokenizer, tokenizer_digest
+from qlora_core.recipe import Generation
+from qlora_core.store import write_atomically
+
+
+class Subject(NamedTuple):
+    """The model under evaluation and whom to tell about it."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerFast
+    report: Report
+
+
+def run(spec: Mapping[str, Any], report: Report) -> ModelScores:
+    """Score one model on the evaluation rows; write rows.jsonl and, if it had to answer, answers.jsonl.
+
+    Raises:
+        EvaluationError: the model reads other token ids than the data holds, or there is nothing to score.
+    """
+    evaluation = EvaluationSpec.model_validate(spec)
+    recipe, dataset = evaluation.recipe, evaluation.dataset
+    metrics = find_metrics(recipe.metrics)
+    needs = {metric.needs for metric in metrics.values()}
+    tokenizer = load_tokenizer(evaluation.model_path)
+    _check_tokenizer(tokenizer, evaluation)
+    subject = Subject(load_full(evaluation.model_path, pick_device()), tokenizer, report)
+
+    rows = _choose(_read(dataset, "evaluation"), recipe.max_rows, evaluation.seed)
+    losses = _losses(subject, rows, "evaluation rows")
+    _write_lines(evaluation.into / "rows.jsonl", losses)
+    scores = summarize(losses) if "loss" in needs else {}
+    if "forgetting" in needs:
+        other = _losses(subject, _read(dataset, "forgetting"), "other text")
+        scores["forgetting_perplexity"] = summarize(other)["perplexity"]
+    if "answers" in needs:
+        prompts = _prompts_of(rows, dataset)
+        answers, tokens_per_s = _answer(subject, prompts, recipe.generation)
+        scored = _score_answers(subject.tokenizer, metrics, prompts, answers, losses)
+        _write_lines(evaluation.into / "answers.jsonl", scored)
+        scores |= _mean_scores(scored) | {"generation_tokens_per_s": tokens_per_s}
+    return ModelScores(
+        path=evaluation.into,
+        model_digest=evaluation.model_digest,
+        data_digest=dataset.digest,
+        scores=scores,
+        rows=len(rows),
+        seed=evaluation.seed,
+    )
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, evaluation: EvaluationSpec) -> None:
+    if tokenizer_digest(tokenizer) != evaluation.dataset.tokenizer_digest:
+        raise EvaluationError(
+            f"{evaluation.model_path} has another tokenizer than the one that the data in {evaluation.dataset.path} "
+            "was prepared with, so its scores would mean nothing; evaluate models of one base only"
+        )
+
+
+def _read(dataset: PreparedDataset, name: str) -> TokenRows:
+    path = dataset.path / f"{name}.arrow"
+    rows = TokenRows(path) if path.is_file() else ()
+    if not rows:
+        key = "data.split.evaluation_fraction" if name == "evaluation" else "data.forgetting"
+        raise EvaluationError(f"{path} holds no rows to score; set `{key}`, or take the metric out of the recipe")
+    return rows
+
+
+def _choose(rows: Sequence[TokenRow], most: int | None, seed: int) -> list[TokenRow]:
+    """All rows, or a sample that depends on the seed alone, so that every model answers the same questions."""
+    if most is None or most >= len(rows):
+        return [rows[index] for index in range(len(rows))]
+    return [rows[index] for index in sorted(random.Random(seed).sample(range(len(rows)), most))]
+
+
+def _prompts_of(rows: Sequence[TokenRow], dataset: PreparedDataset) -> list[PromptRow]:
+    chosen = {row.row_id for row in rows}
+    path = dataset.path / "prompts.arrow"
+    prompts = [prompt for prompt in read_prompts(path) if prompt.row_id in chosen]
+    if not prompts:
+        raise EvaluationError(f"{path} holds no prompts; metrics that look at answers need rows with an assistant turn")
+    return prompts
+
+
+def _losses(subject: Subject, rows: Sequence[TokenRow], what: str) -> list[RowLoss]:
+    progress = _progress(subject.report, what, len(rows))
+    return list(row_losses(subject.model, rows, subject.tokenizer.pad_token_id, progress))
+
+
+def _answer(subject: Subject, prompts: Sequence[PromptRow], generation: Generation) -> tuple[list[Answer], float]:
+    """The answers, and how many tokens a second were generated."""
+    stop_ids = end_of_turn_ids(subject.model, subject.tokenizer)
+    progress = _progress(subject.report, "answers", len(prompts))
+    start = time.perf_counter()
+    answers = generate(subject.model, [prompt.prompt_ids for prompt in prompts], stop_ids, generation, progress)
+    return answers, sum(len(answer.ids) + answer.stopped for answer in answers) / (time.perf_counter() - start)
+
+
+def _score_answers(
+    tokenizer: PreTrainedTokenizerFast,
+    metrics: Mapping[str, Metric],
+    prompts: Sequence[PromptRow],
+    answers: Sequence[Answer],
+    losses: Iterable[RowLoss],
+) -> list[ScoredAnswer]:
+    loss_of = {row.row_id: row.loss_sum / row.tokens for row in losses if row.tokens}
+    texts = [tokenizer.decode(answer.ids, skip_special_tokens=True) for answer in answers]
+    return [
+        ScoredAnswer(
+            row_id=prompt.row_id,
+            prompt=prompt.prompt,
+            expected=prompt.expected,
+            answer=text,
+            stopped=answer.stopped,
+            tokens=len(answer.ids),
+            metrics=score_answer(metrics, prompt.expected, text),
+            loss=loss_of.get(prompt.row_id),
+        )
+        for prompt, answer, text in zip(prompts, answers, texts, strict=True)
+    ]
+
+
+def _mean_scores(scored: Sequence[ScoredAnswer]) -> Scores:
+    scores = {name: fmean(row.metrics[name] for row in scored) for name in scored[0].metrics}
+    scores["stops_by_itself"] = fmean(row.stopped for row in scored)
+    scores["answer_tokens"] = fmean(row.tokens for row in scored)
+    return scores
+
+
+def _progress(report: Report, what: str, total: int) -> Callable[[int], None]:
+    def tell(done: int) -> None:
+        report(Progress(what=what, done=done, total=total, unit="rows"))
+
+    return tell
+
+
+def _write_lines(path: Path, records: Iterable[Record]) -> None:
+    write_atomically(path, "".join(record.model_dump_json() + "\n" for record in records))
