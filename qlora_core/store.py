@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from qlora_core.artifacts import Artifact
 from qlora_core.errors import StoreError
 
 MANIFEST = "manifest.json"
+EVERYTHING = ("**/*",)
 A = TypeVar("A", bound=Artifact)
 
 
@@ -73,6 +74,13 @@ class Store:
                 )
         return kind.model_validate({**manifest["record"], "path": folder})
 
+    def obtain(
+        self, kind: type[A], stage: str, key: str, produce: Callable[[Path], A], keep: tuple[str, ...] = EVERYTHING
+    ) -> A:
+        """Find the artifact with this fingerprint, or have it made in a work directory and commit it."""
+        with self.workspace(stage, key) as work:
+            return self.find(kind, stage, key) or self.commit(produce(work), stage, key, keep)
+
     @contextmanager
     def workspace(self, stage: str, key: str) -> Iterator[Path]:
         """Hold the lock of a fingerprint and yield its work directory, with what an earlier attempt left in it.
@@ -90,7 +98,7 @@ class Store:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
 
-    def commit(self, artifact: A, stage: str, key: str, keep: tuple[str, ...] = ("**/*",)) -> A:
+    def commit(self, artifact: A, stage: str, key: str, keep: tuple[str, ...] = EVERYTHING) -> A:
         """Turn a work directory into an artifact: hash its files, write the manifest, rename.
 
         Args:

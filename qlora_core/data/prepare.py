@@ -155,7 +155,7 @@ def _prompts(rows: list[_Row], template: ChatTemplate, tokenizer: PreTrainedToke
         conversation = row.candidate.conversation
         prompt, expected = template.prompt(conversation)
         ids = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
-        yield PromptRow(conversation.place, ids, prompt, expected)
+        yield PromptRow(conversation.place, ids, prompt, expected, template.prompt_messages(conversation))
 
 
 def _forgetting(recipe: DataRecipe, raw: DataSnapshot, tokenizer: PreTrainedTokenizerFast) -> list[TokenRow]:

@@ -8,6 +8,7 @@ A trained span starts where the generation prompt ends and stops after the token
 space that some templates write after it.
 """
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -78,6 +79,12 @@ class ChatTemplate:
         if at != len(text):
             raise self._not_verbatim(messages[-1])
         return Rendered(text, tuple(spans))
+
+    def prompt_messages(self, conversation: Conversation) -> str:
+        """The messages before the last assistant turn, as a JSON list."""
+        last = max(at for at, message in enumerate(conversation.messages) if message.role == "assistant")
+        turns = [{"role": message.role, "content": message.content} for message in conversation.messages[:last]]
+        return json.dumps(turns, ensure_ascii=False)
 
     def prompt(self, conversation: Conversation) -> tuple[str, str]:
         """The rendered text up to the last assistant turn, with the generation prompt, and that turn's content."""

@@ -3,10 +3,11 @@
 A prepared data set holds
 
     train.arrow, evaluation.arrow    row_id string, input_ids list<int32>, loss_mask list<uint8>
-    prompts.arrow                    row_id, prompt string, prompt_ids list<int32>, expected string; evaluation rows
+    prompts.arrow                    row_id, prompt string, prompt_ids list<int32>, expected string, messages string
     forgetting.arrow                 like train.arrow, windows of plain text with loss on every token
 """
 
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -24,6 +25,7 @@ PROMPT_SCHEMA = pa.schema(
         ("prompt_ids", pa.list_(pa.int32())),
         ("prompt", pa.string()),
         ("expected", pa.string()),
+        ("messages", pa.string()),
     ]
 )
 
@@ -43,6 +45,8 @@ class PromptRow(NamedTuple):
     prompt_ids: list[int]
     prompt: str
     expected: str
+    messages: str = "[]"
+    """The prompt before rendering: a JSON list of chat messages."""
 
 
 class TokenRows(Sequence[TokenRow]):
@@ -92,6 +96,13 @@ def write_prompts(path: Path, prompts: Iterable[PromptRow]) -> None:
 def read_prompts(path: Path) -> list[PromptRow]:
     """The prompts of the evaluation rows, in their order."""
     return [PromptRow(**row) for row in pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_pylist()]
+
+
+def example_messages(dataset: Path) -> list[dict[str, str]]:
+    """The chat messages of the first evaluation prompt, as an example of what the model is asked."""
+    prompts = read_prompts(dataset / "prompts.arrow")
+    messages: list[dict[str, str]] = json.loads(prompts[0].messages) if prompts else []
+    return messages
 
 
 def _without_first(row: TokenRow) -> TokenRow:

@@ -1,0 +1,79 @@
+"""What the commands do, after their arguments are read."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from qlora_core.recipe import Recipe, load_recipe
+from tasks.settings import Settings
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def run_recipe(path: Path, overrides: tuple[str, ...], force: bool, settings: Settings) -> None:
+    """Check, then retrain; ends at once when nothing has changed."""
+    from tasks.preflight import preflight
+    from tasks.unchanged import settled
+
+    recipe = load_recipe(path, overrides)
+    preflight(recipe, settings)
+    if not force and (version := settled(recipe, settings)):
+        console.print(
+            f"Nothing has changed: version {version.number} of {recipe.name} was made from this recipe and this data, "
+            f"and was {version.tags['qlora.verdict']} ({version.tags.get('qlora.reason', '')})."
+        )
+        console.print("Retrain all the same with [bold]--force[/], or look at it with [bold]qlora models[/].")
+        return
+    _retrain(recipe, force, settings)
+
+
+def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
+    from flows.retrain import retrain
+    from flows.show import show_outcome
+
+    if settings.embedded_prefect:
+        console.print("[dim]starting the embedded Prefect server …[/]")
+    outcome = retrain(recipe, force)
+    if outcome is not None:
+        show_outcome(outcome, settings)
+
+
+def check_recipe(path: Path, overrides: tuple[str, ...], settings: Settings) -> None:
+    """Everything that can be known before training: sources, disk, rows, memory."""
+    from flows.show import show_check
+    from qlora_core.events import Metrics, Note, Progress
+    from tasks.preflight import preflight, prepared
+
+    recipe = load_recipe(path, overrides)
+    preflight(recipe, settings)
+    with console.status("fetching and preparing …") as status:
+
+        def report(event: Metrics | Progress | Note) -> None:
+            if isinstance(event, Progress):
+                status.update(f"{event.what}: {event.done:,} of {event.total:,} {event.unit}")
+
+        base, dataset = prepared(recipe, settings, report)
+    show_check(recipe, base, dataset)
+
+
+def roll_back(name: str, settings: Settings) -> None:
+    """Swap champion and previous."""
+    from tasks.registry import ModelRegistry
+
+    old, new = ModelRegistry(settings).rollback(name)
+    console.print(f"{name}: version {new} is champion again, version {old} is previous. Undo with the same command.")
+
+
+def chat_with(model: str, example: bool, settings: Settings) -> None:
+    """A conversation on the terminal with the version behind an alias."""
+    from tasks.chatting import open_chat
+
+    chat = open_chat(model, example, settings)
+    console.print(f"[dim]{chat.about} — Ctrl-D ends[/]")
+    while True:
+        try:
+            message = console.input("[bold]you>[/] ") if console.is_terminal else input()
+        except EOFError:
+            return
+        if message.strip():
+            console.print(f"[bold green]{model.partition('@')[0]}>[/] {chat.answer(message)}", markup=True)

@@ -1,0 +1,99 @@
+"""Tables and pages on the terminal."""
+
+import json
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from qlora_core.artifacts import ModelSnapshot, PreparedDataset
+from qlora_core.recipe import Recipe
+from tasks.promote_task import Outcome
+from tasks.settings import Settings
+
+console = Console(highlight=False, soft_wrap=True)
+SHOWN_SCORES = ("loss", "valid_call", "exact_call", "forgetting_perplexity")
+
+
+def show_outcome(outcome: Outcome, settings: Settings) -> None:
+    """The verdict, the scores before and after, and what to type next."""
+    report, decision = outcome.report, outcome.decision
+    verdict = "[bold green]promoted to champion[/]" if decision.promote else "[bold yellow]not promoted[/]"
+    console.print(f"\n[bold]{outcome.name} version {outcome.version}[/]: {verdict} — {decision.reason}\n")
+    table = Table("metric", "base", "candidate", box=None, header_style="bold", padding=(0, 2))
+    if report.champion is not None:
+        table.add_column("champion")
+    for metric, value in report.candidate.items():
+        row = [metric, _number(metric, report.base.get(metric)), _number(metric, value)]
+        table.add_row(*row, *([_number(metric, report.champion.get(metric))] if report.champion else []))
+    console.print(table)
+    model = f"{outcome.name}@champion"
+    console.print(f"\nreport    {report.path / 'report.html'}")
+    console.print("look      [bold]qlora ui[/]  (MLflow and Prefect in the browser)")
+    console.print(f"talk      [bold]qlora chat {model} --example[/]")
+    console.print(f"serve     models:/{model}   in MLflow at {settings.mlflow_uri}")
+
+
+def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
+    """Versions with aliases, verdict, scores and lineage, newest first."""
+    from tasks.registry import ModelRegistry
+
+    registry = ModelRegistry(settings)
+    versions = [version for model in ([name] if name else registry.names()) for version in registry.versions(model)]
+    if as_json:
+        console.print_json(json.dumps([version.model_dump(mode="json") for version in versions]))
+        return
+    if not versions:
+        console.print("No registered models yet; `qlora run deployments/recipes/quickstart.yaml` makes one.")
+        return
+    shown = [metric for metric in SHOWN_SCORES if any(metric in version.scores for version in versions)]
+    table = Table("model", "version", "aliases", "verdict", *shown, "made", "base", "data", box=None, padding=(0, 1))
+    for version in versions:
+        made = datetime.fromtimestamp(version.created_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
+        table.add_row(
+            version.name,
+            str(version.number),
+            ", ".join(version.aliases),
+            version.tags.get("qlora.verdict", "open"),
+            *(_number(metric, version.scores.get(metric)) for metric in shown),
+            made,
+            version.tags.get("qlora.base", ""),
+            version.tags.get("qlora.data_digest", "")[:8],
+        )
+    console.print(table)
+
+
+def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) -> None:
+    """Counts, dropped rows, three rows with their trained tokens marked, and the memory that training needs."""
+    from qlora_core.training.memory import estimate
+
+    console.print(f"[bold]{recipe.name}[/] is ready to run.\n")
+    facts = base.architecture
+    console.print(f"model     {facts.model_type}, {facts.parameters / 1e6:,.1f}M parameters, {base.source}")
+    console.print(
+        f"rows      {dataset.train_rows:,} to train on, {dataset.evaluation_rows:,} to evaluate on, longest "
+        f"{dataset.longest_row_tokens:,} tokens"
+    )
+    console.print(f"tokens    {dataset.train_tokens:,}, {dataset.trained_tokens:,} of them carry loss")
+    for reason, count in dataset.dropped.items():
+        console.print(f"dropped   {count:,} rows: {reason}")
+    need = estimate(facts, recipe.train, min(4096, dataset.longest_row_tokens * recipe.train.effective_batch_rows), 2)
+    console.print(
+        f"memory    about {need.total_gib:.1f} GiB on a GPU: weights {need.weights_gib:.1f}, adapter and optimizer "
+        f"{need.adapter_gib:.1f}, activations {need.activations_gib:.1f}"
+    )
+    console.print("\nThree training rows; what carries loss is [bold green]green[/]:")
+    for number, segments in enumerate(json.loads((dataset.path / "preview.json").read_text()), start=1):
+        text = Text(f"\n── row {number} ", style="dim")
+        text.append("─" * 60 + "\n", style="dim")
+        for segment in segments:
+            text.append(segment["text"], style="bold green" if segment["trained"] else "")
+        console.print(text)
+
+
+def _number(metric: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    share = metric.endswith(("_call", "_match", "_valid", "_itself", "_accuracy"))
+    return f"{value:.0%}" if share else f"{value:,.3f}"

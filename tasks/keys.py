@@ -1,0 +1,78 @@
+"""The fingerprint of every stage: what decides its output, and nothing else.
+
+Downloads are identified by what was found at the source, later stages by the digests of what they read, so the whole
+chain can be walked in the store without doing any work.
+"""
+
+from collections.abc import Sequence
+
+from qlora_core.artifacts import Adapter, DataSnapshot, MergedModel, ModelSnapshot, PreparedDataset
+from qlora_core.data import prepare
+from qlora_core.evaluation import evaluate
+from qlora_core.hub import resolve
+from qlora_core.hub.resolve import Resolved
+from qlora_core.merging import merge
+from qlora_core.recipe import Recipe, TrainRecipe
+from qlora_core.store import fingerprint
+from qlora_core.training import launch
+
+HOW_NOT_WHAT = {"processes", "timeout_h", "checkpoint_every_steps", "keep_checkpoints", "micro_batch_size"}
+"""Training keys that change how the work is done, not what comes out of it."""
+
+
+def model_key(model: Resolved) -> str:
+    """Of a base model on disk."""
+    return fingerprint("download-model", resolve.VERSION, {}, {"revision": model.revision, "name": model.name})
+
+
+def data_key(rows: Sequence[Resolved], forgetting: Sequence[Resolved]) -> str:
+    """Of the raw data files."""
+    inputs = {
+        f"{role}.{number}.{file.name}": file.revision
+        for role, files in (("rows", rows), ("forgetting", forgetting))
+        for number, file in enumerate(files)
+    }
+    return fingerprint("download-data", resolve.VERSION, {}, inputs)
+
+
+def prepare_key(recipe: Recipe, base: ModelSnapshot, raw: DataSnapshot) -> str:
+    """Of the tokens and masks."""
+    part = recipe.data.model_dump(mode="json", exclude={"rows", "forgetting"})
+    return fingerprint(
+        "prepare", prepare.VERSION, {**part, "seed": recipe.seed}, {"base": base.digest, "raw": raw.digest}
+    )
+
+
+def train_key(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) -> str:
+    """Of the adapter."""
+    part = _decisive(recipe.train)
+    inputs = {"base": base.digest, "data": dataset.digest}
+    return fingerprint("train", launch.VERSION, {**part, "seed": recipe.seed}, inputs)
+
+
+def merge_key(recipe: Recipe, base: ModelSnapshot, adapter: Adapter) -> str:
+    """Of the merged model."""
+    return fingerprint("merge", merge.VERSION, recipe.merge, {"base": base.digest, "adapter": adapter.digest})
+
+
+def scores_key(recipe: Recipe, model_digest: str, dataset: PreparedDataset) -> str:
+    """Of one model's scores; a model that was evaluated on these rows before is not evaluated again."""
+    part = {"evaluation": recipe.evaluation, "seed": recipe.seed}
+    return fingerprint("scores", evaluate.VERSION, part, {"model": model_digest, "data": dataset.digest})
+
+
+def report_key(recipe: Recipe, candidate: str, champion: str | None, dataset: PreparedDataset) -> str:
+    """Of the report that compares candidate, base and champion."""
+    part = {"evaluation": recipe.evaluation, "promotion": recipe.promotion, "seed": recipe.seed, "name": recipe.name}
+    inputs = {"candidate": candidate, "champion": champion or "", "data": dataset.digest}
+    return fingerprint("report", evaluate.VERSION, part, inputs)
+
+
+def candidate_key(recipe: Recipe, merged: MergedModel, dataset: PreparedDataset) -> str:
+    """Of a registered version: this model, judged on these rows by these rules."""
+    part = {"evaluation": recipe.evaluation, "promotion": recipe.promotion, "seed": recipe.seed, "name": recipe.name}
+    return fingerprint("register", 1, part, {"model": merged.digest, "data": dataset.digest})
+
+
+def _decisive(train: TrainRecipe) -> dict[str, object]:
+    return train.model_dump(mode="json", exclude=HOW_NOT_WHAT)

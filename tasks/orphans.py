@@ -1,0 +1,41 @@
+"""End what crashed runs left open in MLflow and Prefect; safe beside live flows, which are known by their process."""
+
+from uuid import UUID
+
+from mlflow.entities import Run
+from prefect.client.orchestration import get_client
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Crashed
+
+from tasks.tracking import Tracker, owner_is_alive
+
+
+def end_orphans(tracker: Tracker) -> list[str]:
+    """Set runs whose process is gone to KILLED, and their Prefect runs to Crashed; returns their MLflow ids.
+
+    Call it where a Prefect server can be reached, such as inside a flow.
+    """
+    orphans = [run for run in tracker.open_runs() if not owner_is_alive(run.data.tags.get("qlora.owner", ""))]
+    for run in orphans:
+        tracker.client.set_terminated(run.info.run_id, "KILLED")
+    for flow_run_id in {_flow_run_id(run) for run in orphans} - {None}:
+        _crash(str(flow_run_id))
+    return [run.info.run_id for run in orphans]
+
+
+def _flow_run_id(run: Run) -> str | None:
+    if run.data.tags.get("qlora.kind") != "retrain":
+        return None
+    flow_run_id: str | None = run.data.tags.get("prefect.flow_run_id")
+    return flow_run_id
+
+
+def _crash(flow_run_id: str) -> None:
+    with get_client(sync_client=True) as client:
+        try:
+            flow_run = client.read_flow_run(UUID(flow_run_id))
+        except ObjectNotFound:
+            return
+        if flow_run.state is not None and not flow_run.state.is_final():
+            message = "its process is gone; the same command goes on where it stopped"
+            client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)

@@ -1,0 +1,64 @@
+"""Everything that can be known before compute is spent."""
+
+import difflib
+import shutil
+from pathlib import Path
+
+from qlora_core.artifacts import ModelSnapshot, PreparedDataset
+from qlora_core.data.prepare import inspect, prepare
+from qlora_core.errors import RecipeError, StoreError
+from qlora_core.evaluation.evaluate import known_metrics
+from qlora_core.events import Report
+from qlora_core.recipe import LocalSource, Recipe
+from qlora_core.store import Store
+from tasks.keys import prepare_key
+from tasks.settings import Settings
+from tasks.sources import obtain_base, obtain_raw, resolve_base, resolve_data
+
+NEEDED_FREE_GB = 2.0
+
+
+def preflight(recipe: Recipe, settings: Settings) -> None:
+    """Resolve every source, look into local data files, ask for unknown metrics and free disk; fetch nothing.
+
+    Raises:
+        QloraError: the first thing that would make the flow fail later.
+    """
+    _check_metrics(recipe)
+    _check_disk(settings.root)
+    resolve_base(recipe, settings)
+    resolve_data(recipe, settings)
+    for source in recipe.data.rows:
+        if isinstance(source, LocalSource):
+            inspect(source.path)
+
+
+def prepared(recipe: Recipe, settings: Settings, report: Report) -> tuple[ModelSnapshot, PreparedDataset]:
+    """The base model and the prepared rows, from the store or made now; a later flow reuses them."""
+    base, raw = obtain_base(recipe, settings, report), obtain_raw(recipe, settings, report)
+    dataset = Store(settings.store).obtain(
+        PreparedDataset,
+        "prepare",
+        prepare_key(recipe, base, raw),
+        lambda into: prepare(recipe.data, recipe.seed, base, raw, into, report),
+    )
+    return base, dataset
+
+
+def _check_metrics(recipe: Recipe) -> None:
+    known = known_metrics()
+    for metric in recipe.evaluation.metrics:
+        if metric not in known:
+            near = difflib.get_close_matches(metric, known, n=1)
+            hint = f"did you mean `{near[0]}`?" if near else f"allowed: {', '.join(sorted(known))}"
+            raise RecipeError(f"evaluation.metrics: there is no metric named `{metric}`; {hint}")
+
+
+def _check_disk(root: Path) -> None:
+    place = next(folder for folder in (root, *root.parents) if folder.exists())
+    free_gb = shutil.disk_usage(place).free / 1e9
+    if free_gb < NEEDED_FREE_GB:
+        raise StoreError(
+            f"{place} has {free_gb:.1f} GB free; at least {NEEDED_FREE_GB:.0f} GB are needed for one retraining. "
+            "Free some space or move everything with QLORA_HOME"
+        )

@@ -1,0 +1,71 @@
+"""Where things are kept and which servers are used: read from the environment when asked for, never a global."""
+
+import os
+from pathlib import Path
+
+from pydantic import Field
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Settings from `QLORA_*` variables; nothing set means embedded: everything below one folder.
+
+    `PREFECT_API_URL` and `MLFLOW_TRACKING_URI`, where set, name the servers of a team and are left to these
+    libraries to read.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="QLORA_", frozen=True)
+
+    home: Path = Field(default_factory=lambda: Path.cwd() / ".qlora")
+    """Everything of this installation: `QLORA_HOME`."""
+    downloads: Path | None = None
+    """Release archives and hub files, shared by several homes: `QLORA_DOWNLOADS`, by default `<home>/downloads`."""
+    metrics_every_steps: int = 1
+    """How often training metrics go to MLflow: `QLORA_METRICS_EVERY_STEPS`."""
+
+    @property
+    def root(self) -> Path:
+        """The home as an absolute path; a relative one in a database would follow the working directory."""
+        return self.home.expanduser().resolve()
+
+    @property
+    def store(self) -> Path:
+        """Root of the artifact store."""
+        return self.root / "store"
+
+    @property
+    def downloads_folder(self) -> Path:
+        """Where fetched archives are kept."""
+        return self.downloads.expanduser().resolve() if self.downloads else self.root / "downloads"
+
+    @property
+    def mlflow_uri(self) -> str:
+        """The team's tracking server, or a database in the home."""
+        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow' / 'mlflow.db'}"
+
+    @property
+    def mlflow_artifacts(self) -> str | None:
+        """Where a new experiment keeps artifacts; None leaves it to the team's server."""
+        return None if os.environ.get("MLFLOW_TRACKING_URI") else (self.root / "mlflow" / "artifacts").as_uri()
+
+    @property
+    def embedded_prefect(self) -> bool:
+        """Whether flows bring their own Prefect server along."""
+        return not os.environ.get("PREFECT_API_URL")
+
+    def configure_libraries(self) -> None:
+        """Point Prefect and MLflow at the home, before either is imported; what the user has set stays."""
+        defaults = {
+            "MLFLOW_DISABLE_TELEMETRY": "true",
+            "DO_NOT_TRACK": "1",
+            "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+            "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal shows stages; the UI has the log
+        }
+        if self.embedded_prefect:
+            defaults |= {
+                "PREFECT_HOME": str(self.root / "prefect"),
+                "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+                "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
+            }
+        for name, value in defaults.items():
+            os.environ.setdefault(name, value)

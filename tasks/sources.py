@@ -1,0 +1,39 @@
+"""What the recipe's sources are right now, and the raw files they name."""
+
+from qlora_core.artifacts import DataSnapshot, ModelSnapshot
+from qlora_core.events import Report
+from qlora_core.hub.resolve import Resolved, fetch_data, fetch_model, resolve
+from qlora_core.recipe import Recipe
+from qlora_core.store import Store
+from tasks.keys import data_key, model_key
+from tasks.settings import Settings
+
+
+def resolve_base(recipe: Recipe, settings: Settings) -> Resolved:
+    """The base model, pinned; nothing is fetched."""
+    return resolve(recipe.model, settings.downloads_folder)
+
+
+def resolve_data(recipe: Recipe, settings: Settings) -> tuple[list[Resolved], list[Resolved]]:
+    """The row files and the files of the forgetting check, pinned; nothing is fetched."""
+    rows = [resolve(source, settings.downloads_folder) for source in recipe.data.rows]
+    return rows, [resolve(source, settings.downloads_folder) for source in recipe.data.forgetting]
+
+
+def obtain_base(recipe: Recipe, settings: Settings, report: Report) -> ModelSnapshot:
+    """The base model, from the store or fetched now."""
+    base, downloads = resolve_base(recipe, settings), settings.downloads_folder
+    return Store(settings.store).obtain(
+        ModelSnapshot, "download", model_key(base), lambda into: fetch_model(base, downloads, into, report)
+    )
+
+
+def obtain_raw(recipe: Recipe, settings: Settings, report: Report) -> DataSnapshot:
+    """The raw data files, from the store or fetched now."""
+    (rows, forgetting), downloads = resolve_data(recipe, settings), settings.downloads_folder
+    return Store(settings.store).obtain(
+        DataSnapshot,
+        "raw",
+        data_key(rows, forgetting),
+        lambda into: fetch_data(rows, forgetting, downloads, into, report),
+    )

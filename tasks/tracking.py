@@ -1,0 +1,238 @@
+"""Everything that is written to MLflow about a run: one parent per retraining, one nested run per stage.
+
+Runs are found again by tags, so that a retry, or the same command after a crash, continues them:
+
+    qlora.kind       `retrain` or `stage`
+    qlora.recipe     SHA-256 of the recipe, on parents
+    qlora.stage      the stage's name
+    qlora.key        the fingerprint of what the stage made
+    qlora.owner      host:pid:start of the process that writes the run
+"""
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from mlflow import MlflowClient
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
+from pydantic import BaseModel, Field
+
+from qlora_core.artifacts import Record
+from qlora_core.events import Metrics
+from qlora_core.recipe import Recipe
+from qlora_core.store import sha256_of_json
+from tasks.settings import Settings
+
+PARAM_LIMIT_CHARACTERS = 6000
+BATCH_LIMIT = 100
+OPEN = ("RUNNING", "SCHEDULED")
+
+
+class Retraining(Record):
+    """What every task of one flow run is told beside its inputs."""
+
+    recipe: Recipe
+    experiment_id: str
+    parent_run_id: str
+    flow_run_id: str
+
+
+class Described(Record):
+    """What a stage leaves in MLflow when it is done."""
+
+    metrics: dict[str, float] = Field(default_factory=dict)
+    tags: dict[str, str] = Field(default_factory=dict)
+    artifacts: tuple[tuple[Path, str], ...] = ()
+    """Local file or folder, and the artifact folder that it goes to."""
+    dataset: tuple[str, str, str] | None = None
+    """Name, digest and source of the data that the stage read."""
+
+
+class StageRun:
+    """One nested MLflow run, written with an explicit id; several may be open in one process."""
+
+    def __init__(self, client: MlflowClient, run: Run, key: str) -> None:
+        self._client, self.run_id, self.key = client, run.info.run_id, key
+        self._params = dict(run.data.params)
+        self._last_step = self._last_logged_step(run)
+
+    def params(self, values: BaseModel | Mapping[str, Any]) -> None:
+        """Log dotted parameters; those that the run has already are left alone."""
+        flat = flatten(values.model_dump(mode="json") if isinstance(values, BaseModel) else values)
+        new = {name: value[:PARAM_LIMIT_CHARACTERS] for name, value in flat.items() if name not in self._params}
+        entries = [Param(name, value) for name, value in new.items()]
+        for at in range(0, len(entries), BATCH_LIMIT):
+            self._client.log_batch(self.run_id, params=entries[at : at + BATCH_LIMIT])
+        self._params |= new
+
+    def metrics(self, metrics: Metrics) -> None:
+        """Log a step's metrics once: a step that an earlier attempt has logged is not logged again."""
+        if metrics.step <= self._last_step:
+            return
+        now = int(time.time() * 1000)
+        self._client.log_batch(
+            self.run_id, metrics=[Metric(name, value, now, metrics.step) for name, value in metrics.values.items()]
+        )
+        self._last_step = metrics.step
+
+    def describe(self, described: Described) -> None:
+        """Log what the stage made: final metrics, tags, artifacts, and its data as an input."""
+        now = int(time.time() * 1000)
+        metrics = [Metric(name, value, now, 0) for name, value in described.metrics.items()]
+        tags = [RunTag(name, value) for name, value in described.tags.items()]
+        self._client.log_batch(self.run_id, metrics=metrics, tags=tags)
+        if described.dataset is not None:
+            name, digest, source = described.dataset
+            data = Dataset(name=name, digest=digest[:36], source_type="qlora-store", source=json.dumps({"uri": source}))
+            self._client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+        for path, folder in described.artifacts:
+            log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
+            log(self.run_id, str(path), folder or None)
+
+    def _last_logged_step(self, run: Run) -> int:
+        if "loss" not in run.data.metrics:
+            return 0
+        history: list[Metric] = self._client.get_metric_history(self.run_id, "loss")
+        return max(int(point.step) for point in history)
+
+
+class Tracker:
+    """The experiment of one recipe name, and the runs in it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        if settings.mlflow_artifacts is not None:
+            (settings.root / "mlflow").mkdir(parents=True, exist_ok=True)
+        self.client = MlflowClient(settings.mlflow_uri)
+
+    def begin(self, recipe: Recipe, flow_run_id: str, flow_run_url: str | None) -> Retraining:
+        """Open the parent run, or continue the one that an interrupted or failed run of this recipe left behind."""
+        experiment_id = self.experiment(recipe.name)
+        digest = sha256_of_json(recipe)
+        run = self._unfinished(experiment_id, digest) or self.client.create_run(
+            experiment_id, run_name=f"retrain {recipe.name}", tags={"qlora.kind": "retrain", "qlora.recipe": digest}
+        )
+        run_id = run.info.run_id
+        where = f"[its Prefect run]({flow_run_url})" if flow_run_url else f"Prefect flow run `{flow_run_id}`"
+        tags = {
+            "qlora.owner": this_process(),
+            "prefect.flow_run_id": flow_run_id,
+            "mlflow.note.content": f"One retraining of **{recipe.name}**: {where}. Each stage is a nested run.",
+        }
+        self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        self.client.update_run(run_id, status="RUNNING")
+        self.client.log_text(run_id, json.dumps(recipe.model_dump(mode="json"), indent=2), "recipe.json")
+        return Retraining(recipe=recipe, experiment_id=experiment_id, parent_run_id=run_id, flow_run_id=flow_run_id)
+
+    @contextmanager
+    def stage(self, retraining: Retraining, stage: str, key: str, task_run_id: str) -> Iterator[StageRun]:
+        """The nested run of a stage: RUNNING inside the block, then FINISHED, FAILED, or KILLED after a cancel."""
+        run = self._stage_run(retraining, stage) or self.client.create_run(
+            retraining.experiment_id,
+            run_name=stage,
+            tags={
+                "mlflow.parentRunId": retraining.parent_run_id,
+                "qlora.kind": "stage",
+                "qlora.stage": stage,
+                "prefect.flow_run_id": retraining.flow_run_id,
+            },
+        )
+        tags = {"qlora.key": key, "qlora.owner": this_process(), "prefect.task_run_id": task_run_id}
+        self.client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        self.client.update_run(run.info.run_id, status="RUNNING")
+        with self.final_status(run.info.run_id):
+            yield StageRun(self.client, run, key)
+
+    @contextmanager
+    def final_status(self, run_id: str) -> Iterator[None]:
+        """Write how a run ended, whatever ended it."""
+        try:
+            yield
+        except Exception:
+            self.client.set_terminated(run_id, "FAILED")
+            raise
+        except BaseException:
+            self.client.set_terminated(run_id, "KILLED")
+            raise
+        self.client.set_terminated(run_id, "FINISHED")
+
+    def made_by(self, retraining: Retraining, stage: str, key: str) -> str | None:
+        """The finished run that made the artifact with this fingerprint, if MLflow knows one."""
+        runs = self.search(retraining.experiment_id, f"tags.`qlora.stage` = '{stage}' AND tags.`qlora.key` = '{key}'")
+        return next((run.info.run_id for run in runs if run.info.status == "FINISHED"), None)
+
+    def experiment(self, name: str) -> str:
+        """The id of the experiment with this name, made when it is missing."""
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return str(found.experiment_id)
+        return str(self.client.create_experiment(name, artifact_location=self.settings.mlflow_artifacts))
+
+    def search(self, experiment_id: str, filter_string: str, limit: int = 50) -> list[Run]:
+        """Active runs of an experiment, newest first."""
+        return list(
+            self.client.search_runs(
+                [experiment_id], filter_string, ViewType.ACTIVE_ONLY, limit, ["attributes.start_time DESC"]
+            )
+        )
+
+    def open_runs(self) -> list[Run]:
+        """Every run of this product that is not over, in all experiments."""
+        experiments = [str(e.experiment_id) for e in self.client.search_experiments()]
+        wanted = "attributes.status = 'RUNNING' AND tags.`qlora.kind` LIKE '%'"
+        return list(self.client.search_runs(experiments, wanted, ViewType.ACTIVE_ONLY, 1000))
+
+    def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags on a run."""
+        self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_final(self, run_id: str, values: Mapping[str, float]) -> None:
+        """Log values that have no step, such as a model's scores."""
+        now = int(time.time() * 1000)
+        self.client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])
+
+    def _unfinished(self, experiment_id: str, digest: str) -> Run | None:
+        runs = self.search(experiment_id, f"tags.`qlora.kind` = 'retrain' AND tags.`qlora.recipe` = '{digest}'", 1)
+        if not runs or runs[0].info.status == "FINISHED":
+            return None
+        alive = runs[0].info.status in OPEN and owner_is_alive(runs[0].data.tags.get("qlora.owner", ""))
+        return None if alive else runs[0]
+
+    def _stage_run(self, retraining: Retraining, stage: str) -> Run | None:
+        parent = f"tags.`mlflow.parentRunId` = '{retraining.parent_run_id}'"
+        runs = self.search(retraining.experiment_id, f"{parent} AND tags.`qlora.stage` = '{stage}'", 1)
+        return runs[0] if runs else None
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted names; lists as JSON."""
+    flat: dict[str, str] = {}
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{name}.")
+        else:
+            flat[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, Sequence | None) else str(value)
+    return {name: value.strip('"') for name, value in flat.items()}
+
+
+def this_process() -> str:
+    """What identifies this process until it ends, even when its number is used again."""
+    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def owner_is_alive(owner: str) -> bool:
+    """Whether the process that owns a run still runs; one on another host is taken to."""
+    host, _, rest = owner.partition(":")
+    if host != socket.gethostname():
+        return bool(owner)
+    pid, _, started = rest.partition(":")
+    try:
+        return f"{psutil.Process(int(pid)).create_time():.2f}" == started
+    except (psutil.NoSuchProcess, ValueError):
+        return False

@@ -1,0 +1,38 @@
+"""Whether a retraining would change anything, found by walking fingerprints through the store, without any work."""
+
+from qlora_core.artifacts import Adapter, DataSnapshot, MergedModel, ModelSnapshot, PreparedDataset
+from qlora_core.recipe import Recipe
+from qlora_core.store import Store
+from tasks import keys
+from tasks.registry import ModelRegistry, Version
+from tasks.settings import Settings
+from tasks.sources import resolve_base, resolve_data
+
+
+def settled(recipe: Recipe, settings: Settings) -> Version | None:
+    """The version that this recipe and its data have made and that was judged, or None if there is work to do.
+
+    A candidate that its gates refused stays refused until the data or the recipe changes.
+    """
+    made = _walk(recipe, settings)
+    if made is None:
+        return None
+    merged, dataset = made
+    version = ModelRegistry(settings).find(recipe.name, keys.candidate_key(recipe, merged, dataset))
+    return version if version is not None and "qlora.verdict" in version.tags else None
+
+
+def _walk(recipe: Recipe, settings: Settings) -> tuple[MergedModel, PreparedDataset] | None:
+    store = Store(settings.store)
+    base = store.find(ModelSnapshot, "download", keys.model_key(resolve_base(recipe, settings)))
+    raw = store.find(DataSnapshot, "raw", keys.data_key(*resolve_data(recipe, settings)))
+    if base is None or raw is None:
+        return None
+    dataset = store.find(PreparedDataset, "prepare", keys.prepare_key(recipe, base, raw))
+    if dataset is None:
+        return None
+    adapter = store.find(Adapter, "train", keys.train_key(recipe, base, dataset))
+    if adapter is None:
+        return None
+    merged = store.find(MergedModel, "merge", keys.merge_key(recipe, base, adapter))
+    return None if merged is None else (merged, dataset)
