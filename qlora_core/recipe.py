@@ -153,7 +153,8 @@ class Generation(Part):
     """How answers are generated for evaluation: greedy, batched, stopping at the end of the turn."""
 
     max_new_tokens: Annotated[int, Field(ge=1)] = 256
-    batch_size: Annotated[int, Field(ge=1)] = 16
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Prompts that are answered at once."""
 
 
 class EvaluationRecipe(Part):
