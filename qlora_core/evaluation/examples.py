@@ -1,6 +1,5 @@
 """Which answers a report shows, side by side."""
 
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -9,9 +8,7 @@ from typing import Literal
 from qlora_core.artifacts import Record
 from qlora_core.evaluation.records import ScoredAnswer
 
-LONGEST_QUESTION_CHARACTERS = 600
-_CONTROL = re.compile(r"<\|[^|>]*\|>|</?s>|\[/?INST\]|<(?:start|end)_of_turn>")
-_ROLE = re.compile(r"^(system|user|human|assistant|model)\s*\n", re.IGNORECASE)
+LONGEST_TEXT_CHARACTERS = 480
 
 
 class Example(Record):
@@ -19,7 +16,7 @@ class Example(Record):
 
     row_id: str
     question: str
-    """The end of the prompt: the last thing that the user said."""
+    """The last thing that the user said."""
     expected: str
     answers: dict[str, str]
     right: dict[str, bool]
@@ -50,14 +47,6 @@ def choose_examples(answers: Mapping[str, Sequence[ScoredAnswer]], most: int) ->
     return [_example(row) for row in (*lost, *gained[: most - len(lost) - min(2, len(same))], *same)][:most]
 
 
-def last_question(prompt: str) -> str:
-    """What the user said last in a rendered prompt, without the template's control tokens and role names."""
-    parts = [_ROLE.sub("", part.strip() + "\n").strip() for part in _CONTROL.split(prompt)]
-    spoken = [part for part in parts if part and part.lower() not in ("system", "user", "human", "assistant", "model")]
-    question = spoken[-1] if spoken else prompt
-    return question if len(question) <= LONGEST_QUESTION_CHARACTERS else "…" + question[-LONGEST_QUESTION_CHARACTERS:]
-
-
 def _quality(answer: ScoredAnswer) -> float:
     return fmean(answer.metrics.values()) if answer.metrics else 0.0
 
@@ -70,9 +59,13 @@ def _example(row: Mapping[str, ScoredAnswer]) -> Example:
     gain, any_answer = _gain(row), row["candidate"]
     return Example(
         row_id=any_answer.row_id,
-        question=last_question(any_answer.prompt),
-        expected=any_answer.expected,
-        answers={name: answer.answer for name, answer in row.items()},
+        question=_shorten(any_answer.question),
+        expected=_shorten(any_answer.expected),
+        answers={name: _shorten(answer.answer) for name, answer in row.items()},
         right={name: _quality(answer) == 1 for name, answer in row.items()},
         change="gained" if gain > 0 else "lost" if gain < 0 else "same",
     )
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= LONGEST_TEXT_CHARACTERS else text[:LONGEST_TEXT_CHARACTERS].rstrip() + " …"

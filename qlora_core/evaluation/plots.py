@@ -63,9 +63,9 @@ def plot_loss(points: Sequence[Mapping[str, float]]) -> str:
     def draw(axes: Axes) -> None:
         steps, losses = _series(points, "loss")
         many = len(steps) >= SMOOTH_FROM_POINTS
-        axes.plot(steps, losses, color=FIRST, linewidth=1 if many else 1.8, alpha=0.3 if many else 1, label="training")
+        axes.plot(steps, _smooth(losses) if many else losses, color=FIRST, linewidth=1.8, label="training")
         if many:
-            axes.plot(steps, _smooth(losses), color=FIRST, linewidth=1.8)
+            axes.plot(steps, losses, color=FIRST, linewidth=1, alpha=0.3)
         at, evaluated = _series(points, "evaluation_loss")
         if len(at):
             axes.plot(at, evaluated, color=SECOND, linewidth=1.8, marker="o", markersize=4, label="evaluation")

@@ -38,7 +38,10 @@ class ScoredAnswer(Record):
     """One line of answers.jsonl: what one model said to one prompt."""
 
     row_id: str
+    question: str
+    """The last thing that the user said."""
     prompt: str
+    """The whole rendered prompt."""
     expected: str
     answer: str
     stopped: bool

@@ -95,17 +95,21 @@ def state_verdict(decision: PromotionDecision, report: EvaluationReport) -> str:
     """The decision in one sentence that needs no knowledge of the field.
 
     A promotion names the score that a gate asked for and that people read most easily (a share, else the first);
-    a refusal names every gate that failed.
+    a refusal names the gates that failed.
     """
     if not decision.promote:
         failed = [gate for gate in decision.gates if not gate.passed]
-        return "Not promoted: " + "; ".join(_failure(gate) for gate in failed) + "."
+        more = f"; and {len(failed) - 2} more" if len(failed) > 2 else ""
+        return "Not promoted: " + "; ".join(_failure(gate) for gate in failed[:2]) + more + "."
     metric = _headline(decision, report)
     if metric is None:
         return f"Promoted: {decision.reason}."
     before, after = report.base.get(metric), report.candidate[metric]
-    moved = f"from {format_score(metric, before)} to " if before is not None else ""
-    return f"Promoted: {describe(metric).title.lower()} went {moved}{format_score(metric, after)}."
+    title = describe(metric).title.lower()
+    if before is None or before == after:
+        return f"Promoted: {title} {'is' if before is None else 'stays at'} {_rounded(metric, after)}."
+    verb = "rose" if after > before else "fell"
+    return f"Promoted: {title} {verb} from {_rounded(metric, before)} to {_rounded(metric, after)}."
 
 
 def format_score(name: str, value: float | None) -> str:
@@ -115,8 +119,8 @@ def format_score(name: str, value: float | None) -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite"
     if describe(name).unit == "share":
-        return f"{100 * value:.{0 if abs(100 * value - round(100 * value)) < 0.05 else 1}f}{NARROW_SPACE}%"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+        return f"{100 * value:.1f}{NARROW_SPACE}%"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -127,6 +131,14 @@ def format_seconds(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest} s"
     return f"{minutes // 60} h {minutes % 60} min"
+
+
+def _rounded(name: str, value: float) -> str:
+    """A score for a headline: whole percents, except where that would claim all or nothing."""
+    percent = 100 * value
+    if describe(name).unit == "share" and (percent in (0, 100) or 0 < round(percent) < 100):
+        return f"{percent:.0f}{NARROW_SPACE}%"
+    return format_score(name, value)
 
 
 def _headline(decision: PromotionDecision, report: EvaluationReport) -> str | None:
@@ -156,10 +168,9 @@ def _rule(gate: GateResult) -> str:
 
 def _gate_line(gate: GateResult) -> GateLine:
     against = {"base": "better than the base", "champion": "better than the champion", "threshold": "fixed limit"}
-    title = f"{describe(gate.metric).title}"
     rule = _rule(gate) if gate.limit is not None else against[gate.against]
     note = "" if gate.limit is not None and gate.value is not None else gate.reason
-    return GateLine(title, rule, format_score(gate.metric, gate.value), gate.passed, note)
+    return GateLine(describe(gate.metric).title, rule, format_score(gate.metric, gate.value), gate.passed, note)
 
 
 def _score_names(models: Mapping[str, ModelScores]) -> list[str]:

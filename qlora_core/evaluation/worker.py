@@ -1,5 +1,6 @@
 """The evaluation's child process: load one model, score it, leave behind what it said."""
 
+import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -128,6 +129,7 @@ def _score_answers(
     return [
         ScoredAnswer(
             row_id=prompt.row_id,
+            question=_question(prompt),
             prompt=prompt.prompt,
             expected=prompt.expected,
             answer=text,
@@ -138,6 +140,11 @@ def _score_answers(
         )
         for prompt, answer, text in zip(prompts, answers, texts, strict=True)
     ]
+
+
+def _question(prompt: PromptRow) -> str:
+    spoken = [message["content"] for message in json.loads(prompt.messages) if message["role"] == "user"]
+    return spoken[-1] if spoken else prompt.prompt
 
 
 def _mean_scores(scored: Sequence[ScoredAnswer]) -> Scores:
