@@ -51,23 +51,3 @@ def content_key(conversation: Conversation) -> str:
 def compact_json(value: Any) -> str:
     """JSON without spaces, characters beyond ASCII as they are: the form in which calls and tools are written."""
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-
-
-def as_text(conversation: Conversation) -> Conversation:
-    """The same in plain turns, for templates without tools: calls become JSON, tools join the system prompt."""
-    messages = [Message(m.role, _text_of(m)) for m in conversation.messages]
-    if conversation.tools:
-        tools = f"Tools: {compact_json(conversation.tools)}"
-        if messages[0].role == "system":
-            messages[0] = Message("system", f"{messages[0].content}\n{tools}")
-        else:
-            messages.insert(0, Message("system", tools))
-    return conversation._replace(messages=tuple(messages), tools=())
-
-
-def _text_of(message: Message) -> str:
-    if not message.calls:
-        return message.content
-    written = [call._asdict() for call in message.calls]
-    calls = compact_json(written[0] if len(written) == 1 else written)
-    return f"{message.content}\n{calls}" if message.content else calls

@@ -15,7 +15,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_core.artifacts import DataSnapshot, ModelSnapshot, PreparedDataset
-from qlora_core.data.conversation import Conversation, as_text, content_key
+from qlora_core.data.conversation import Conversation, content_key
 from qlora_core.data.formats import to_conversation
 from qlora_core.data.packing import efficiency
 from qlora_core.data.read import inspect, read_rows, read_text
@@ -122,17 +122,15 @@ def _candidates(
 def _candidate(
     recipe: DataRecipe, seed: int, conversation: Conversation, template: ChatTemplate, seen: set[str]
 ) -> _Candidate:
+    function = conversation.function if recipe.split.by == "function" else None
     if recipe.tool_calls is not None:
         conversation = single_call(conversation, recipe.tool_calls.system_prompt)
     key = content_key(conversation)
     if key in seen:
         raise RowProblem("duplicate", "the same turns and tools came before")
     seen.add(key)
-    if recipe.split.by == "function":
-        key = conversation.function or key
-    plain = as_text(conversation)
-    evaluation = in_evaluation(key, seed, recipe.split.evaluation_fraction)
-    return _Candidate(plain, template.render(plain), evaluation)
+    evaluation = in_evaluation(function or key, seed, recipe.split.evaluation_fraction)
+    return _Candidate(conversation, template.render(conversation), evaluation)
 
 
 def _check(recipe: DataRecipe, tally: Tally, train_rows: int, evaluation_rows: int) -> None:
@@ -153,7 +151,7 @@ def _check(recipe: DataRecipe, tally: Tally, train_rows: int, evaluation_rows: i
 def _prompts(rows: list[_Row], template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> Iterator[PromptRow]:
     for row in rows:
         conversation = row.candidate.conversation
-        prompt, expected = template.prompt(conversation)
+        prompt, expected = template.prompt(conversation, row.candidate.rendered)
         ids = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
         yield PromptRow(conversation.place, ids, prompt, expected, template.prompt_messages(conversation))
 

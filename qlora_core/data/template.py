@@ -10,13 +10,14 @@ space that some templates write after it.
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
-from qlora_core.data.conversation import Conversation, Message
+from qlora_core.data.conversation import Call, Conversation, Message, Role
+from qlora_core.data.fit import Abilities, fit, tool_schema
 from qlora_core.data.reasons import RowProblem
 from qlora_core.errors import DataError
 
@@ -32,11 +33,13 @@ class Rendered(NamedTuple):
 
 
 class _Skeleton(NamedTuple):
-    """What stands between the messages of a sequence of roles, `messages + 1` pieces."""
+    """What stands between the messages of a conversation, `messages + 1` pieces."""
 
     pieces: tuple[str, ...]
     leads: tuple[int, ...]
     """For each message, how many characters before it belong to its turn, after the generation prompt."""
+    tails: tuple[int, ...]
+    """For each message, how many characters after it belong to its turn, with the token that ends it."""
 
 
 class ChatTemplate:
@@ -55,7 +58,8 @@ class ChatTemplate:
             )
         self._tokenizer = tokenizer
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
-        self._turn_end = self._find_turn_end()
+        self.turn_end = self._find_turn_end()
+        self.abilities = self._find_abilities()
 
     def render(self, conversation: Conversation) -> Rendered:
         """The whole conversation, and the spans of its assistant turns.
@@ -63,71 +67,76 @@ class ChatTemplate:
         Raises:
             RowProblem: the template refuses the conversation, or writes something else than its messages.
         """
-        messages = conversation.messages
-        text = self._apply(messages)
-        skeleton = self._skeleton(tuple(message.role for message in messages))
-        spans, at = [], len(skeleton.pieces[0])
-        if not text.startswith(skeleton.pieces[0]):
-            raise self._not_verbatim(messages[0])
-        for message, lead, piece in zip(messages, skeleton.leads, skeleton.pieces[1:], strict=True):
-            end = _end_of(message.content, text, at, piece)
-            if end is None:
-                raise self._not_verbatim(message)
+        fitted = fit(conversation, self.abilities)
+        text, skeleton = self._apply(fitted), self._skeleton(fitted)
+        spans, at = [], 0
+        for position, message in enumerate(fitted.messages):
+            at = _skip(skeleton.pieces[position], text, at)
+            end = _end_of(_verbatim(message), text, at, skeleton.pieces[position + 1])
             if message.role == "assistant":
-                spans.append((at - lead, end + len(self._turn_end)))
-            at = end + len(piece)
-        if at != len(text):
-            raise self._not_verbatim(messages[-1])
+                spans.append((at - skeleton.leads[position], end + skeleton.tails[position]))
+            at = end
+        if _skip(skeleton.pieces[-1], text, at) != len(text):
+            raise RowProblem("template", "the template writes more than the messages")
         return Rendered(text, tuple(spans))
 
+    def prompt(self, conversation: Conversation, rendered: Rendered) -> tuple[str, str]:
+        """The text up to the last assistant turn, with the generation prompt, and what the model should answer."""
+        asked = _before_answer(fit(conversation, self.abilities))
+        start, end = rendered.spans[-1]
+        expected = rendered.text[start:end].removesuffix(self.turn_end).strip()
+        return self._apply(asked, add_generation_prompt=True), expected
+
     def prompt_messages(self, conversation: Conversation) -> str:
-        """The messages before the last assistant turn, as a JSON list."""
-        last = max(at for at, message in enumerate(conversation.messages) if message.role == "assistant")
-        turns = [{"role": message.role, "content": message.content} for message in conversation.messages[:last]]
-        return json.dumps(turns, ensure_ascii=False)
+        """The turns before the last assistant turn as OpenAI's messages, in JSON: what a server would be sent."""
+        fitted = fit(conversation, self.abilities)
+        return json.dumps([_as_dict(message) for message in _before_answer(fitted).messages], ensure_ascii=False)
 
-    def prompt(self, conversation: Conversation) -> tuple[str, str]:
-        """The rendered text up to the last assistant turn, with the generation prompt, and that turn's content."""
-        messages = conversation.messages
-        last = max(at for at, message in enumerate(messages) if message.role == "assistant")
-        return self._apply(messages[:last], add_generation_prompt=True), messages[last].content
-
-    def _skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
+    def _skeleton(self, conversation: Conversation) -> _Skeleton:
+        if conversation.tools or any(message.calls for message in conversation.messages):
+            return self._make_skeleton(conversation)
+        roles = tuple(message.role for message in conversation.messages)
         if roles not in self._skeletons:
-            self._skeletons[roles] = self._make_skeleton(roles)
+            self._skeletons[roles] = self._make_skeleton(_conversation(*roles))
         return self._skeletons[roles]
 
-    def _make_skeleton(self, roles: tuple[str, ...]) -> _Skeleton:
-        marks = [_mark(at) for at in range(len(roles))]
-        messages = [Message(role, mark) for role, mark in zip(roles, marks, strict=True)]  # type: ignore[arg-type]
-        text = self._apply(messages)
-        pieces = re.split("|".join(marks), text)
-        if re.findall("|".join(marks), text) != marks:
-            raise RowProblem("template", f"the template does not write each of {' '.join(roles)} once and in order")
-        leads = []
-        for at, role in enumerate(roles):
-            if role == "assistant" and not pieces[at + 1].startswith(self._turn_end):
-                raise RowProblem("template", f"turn {at + 1} does not end with {self._turn_end!r} in this template")
-            leads.append(self._lead(messages, at, text) if role == "assistant" else 0)
-        return _Skeleton(tuple(pieces), tuple(leads))
+    def _make_skeleton(self, conversation: Conversation) -> _Skeleton:
+        marks = [_mark(at) for at in range(len(conversation.messages))]
+        marked = _marked(conversation)
+        text = self._apply(marked)
+        if MARK.findall(text) != marks:
+            roles = " ".join(message.role for message in conversation.messages)
+            raise RowProblem("template", f"the template does not write each turn of {roles} once and in order")
+        pieces = MARK.split(text)
+        leads, tails = [], []
+        for at, message in enumerate(marked.messages):
+            ours = message.role == "assistant"
+            leads.append(self._lead(marked, at, text) if ours else 0)
+            tails.append(self._tail(message, pieces[at + 1], at) if ours else 0)
+        return _Skeleton(tuple(pieces), tuple(leads), tuple(tails))
 
-    def _lead(self, messages: Sequence[Message], at: int, text: str) -> int:
-        """Characters between the end of the generation prompt and the message, such as a space or an empty thought."""
-        prompt = self._apply(messages[:at], add_generation_prompt=True)
-        start = text.index(messages[at].content)
+    def _lead(self, marked: Conversation, at: int, text: str) -> int:
+        """Characters between the generation prompt and the message, such as a space or an empty thought."""
+        prompt = self._apply(_upto(marked, at), add_generation_prompt=True)
+        start = text.index(_mark(at))
         if text.startswith(prompt) and len(prompt) <= start:
             return start - len(prompt)
-        opening = prompt[len(self._apply(messages[:at])) :]
+        opening = prompt[len(self._apply(_upto(marked, at))) :]
         found = text.rfind(opening, 0, start) if opening else -1
-        if found < 0 or found < text.find(messages[at - 1].content):
+        if found < text.find(_mark(at - 1)):
             raise RowProblem("template", f"turn {at + 1} does not start with the generation prompt {opening!r}")
         return start - found - len(opening)
+
+    def _tail(self, message: Message, piece: str, at: int) -> int:
+        if piece.count(self.turn_end) != 1 or not (message.calls or piece.startswith(self.turn_end)):
+            raise RowProblem("template", f"turn {at + 1} does not end with {self.turn_end!r} in this template")
+        return piece.index(self.turn_end) + len(self.turn_end)
 
     def _find_turn_end(self) -> str:
         special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
         ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
         try:
-            text = self._apply([Message("user", _mark(0)), Message("assistant", _mark(1))])
+            text = self._apply(_marked(_conversation("user", "assistant")))
         except RowProblem as problem:
             raise DataError(f"the chat template cannot render one question and answer: {problem}") from None
         tail = text.partition(_mark(1))[2]
@@ -140,18 +149,40 @@ class ChatTemplate:
             )
         return match.group()
 
-    def _apply(self, messages: Sequence[Message], add_generation_prompt: bool = False) -> str:
-        turns: list[dict[str, Any]] = [{"role": message.role, "content": message.content} for message in messages]
+    def _find_abilities(self) -> Abilities:
+        calling = _conversation("user", "assistant", "tool", "assistant")
+        call = Message("assistant", "", (Call("", {}),))
+        return Abilities(
+            system=self._can(_conversation("system", "user", "assistant")),
+            tool_role=self._can(calling),
+            tools=self._can(
+                calling._replace(
+                    messages=(calling.messages[0], call, *calling.messages[2:]), tools=({"name": _mark(4)},)
+                )
+            ),
+        )
+
+    def _can(self, conversation: Conversation) -> bool:
+        try:
+            text = self._apply(_marked(conversation))
+        except RowProblem:
+            return False
+        return len(set(MARK.findall(text))) == len(conversation.messages) + len(conversation.tools)
+
+    def _apply(self, conversation: Conversation, add_generation_prompt: bool = False) -> str:
         try:
             text = self._tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=add_generation_prompt
+                [_as_dict(message) for message in conversation.messages],
+                tools=[tool_schema(tool) for tool in conversation.tools] or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
             )
         except (TemplateError, TypeError, ValueError) as error:
             raise RowProblem("template", str(error)) from None
         return str(text)
 
-    def _not_verbatim(self, message: Message) -> RowProblem:
-        return RowProblem("template", f"the template alters the {message.role} turn {message.content[:40]!r}")
+
+MARK = re.compile("\ue000[0-9]+\ue001")
 
 
 def _mark(at: int) -> str:
@@ -159,10 +190,52 @@ def _mark(at: int) -> str:
     return f"\ue000{at}\ue001"
 
 
-def _end_of(content: str, text: str, at: int, piece: str) -> int | None:
+def _conversation(*roles: Role) -> Conversation:
+    return Conversation(tuple(Message(role, "") for role in roles))
+
+
+def _marked(conversation: Conversation) -> Conversation:
+    """The conversation with a mark in place of each message, or of the name that a wordless call starts with."""
+    return conversation._replace(messages=tuple(_mark_one(m, at) for at, m in enumerate(conversation.messages)))
+
+
+def _mark_one(message: Message, at: int) -> Message:
+    if message.calls and not message.content:
+        first, *others = message.calls
+        return message._replace(calls=(first._replace(name=_mark(at)), *others))
+    return message._replace(content=_mark(at))
+
+
+def _verbatim(message: Message) -> str:
+    """What stands in the text where the mark was."""
+    return message.content or (message.calls[0].name if message.calls else "")
+
+
+def _upto(conversation: Conversation, at: int) -> Conversation:
+    return conversation._replace(messages=conversation.messages[:at])
+
+
+def _before_answer(conversation: Conversation) -> Conversation:
+    return _upto(conversation, max(at for at, m in enumerate(conversation.messages) if m.role == "assistant"))
+
+
+def _as_dict(message: Message) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.calls:
+        turn["tool_calls"] = [{"type": "function", "function": call._asdict()} for call in message.calls]
+    return turn
+
+
+def _skip(piece: str, text: str, at: int) -> int:
+    if not text.startswith(piece, at):
+        raise RowProblem("template", f"the template writes {text[at : at + 40]!r} where {piece[:40]!r} was expected")
+    return at + len(piece)
+
+
+def _end_of(content: str, text: str, at: int, piece: str) -> int:
     """Where the message that starts at `at` ends, if what follows it is `piece`."""
     for alter in ALTERATIONS:
         written = alter(content)
         if text.startswith(written, at) and text.startswith(piece, at + len(written)):
             return at + len(written)
-    return None
+    raise RowProblem("template", f"the template alters the text {content[:40]!r}")

@@ -1,6 +1,7 @@
 """Turn a conversation with tools into one question and one call: the smallest form in which calling is learnt."""
 
 from qlora_core.data.conversation import Conversation, Message, compact_json
+from qlora_core.data.fit import calls_as_text
 from qlora_core.data.reasons import RowProblem
 
 
@@ -18,9 +19,10 @@ def single_call(conversation: Conversation, system_prompt: str) -> Conversation:
     if at is None:
         raise RowProblem("no_tool_call", "no turn of the row calls a function")
     said = [message.content for message in conversation.messages[:at] if message.role == "user"]
+    call = conversation.messages[at].calls[:1]
     messages = (
         Message("system", f"{system_prompt}\n{compact_json(conversation.tools)}"),
         Message("user", "\n".join(said)),
-        Message("assistant", "", conversation.messages[at].calls[:1]),
+        Message("assistant", calls_as_text(conversation.messages[at]._replace(content="", calls=call))),
     )
     return conversation._replace(messages=messages, tools=())
