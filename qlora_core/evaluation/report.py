@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -88,7 +88,7 @@ def write_report(
         "context": context.model_dump(mode="json", exclude={"curve"}),
         "curve": read_curve(context.curve),
     }
-    write_atomically(into / "report.json", json.dumps(data, indent=1, ensure_ascii=False, allow_nan=True))
+    write_atomically(into / "report.json", json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False))
 
 
 def state_verdict(decision: PromotionDecision, report: EvaluationReport) -> str:
@@ -204,19 +204,28 @@ def _change(name: str, base: float, candidate: float) -> str:
 
 
 def _plots(dataset: PreparedDataset, context: ReportContext) -> dict[str, Markup]:
-    """SVG by name; a plot without data is left out."""
+    """SVG by name; empty where there is nothing to plot."""
     points = read_curve(context.curve)
     lengths = {
         name: TokenRows(path).lengths.tolist()
         for name, path in ((name, dataset.path / f"{file}.arrow") for name, file in SPLITS.items())
         if path.is_file()
     }
-    plots = {"lengths": plot_lengths(lengths)} if any(lengths.values()) else {}
-    if any("loss" in point for point in points):
-        plots["loss"] = plot_loss(points)
-    if any("learning_rate" in point for point in points):
-        plots["learning_rate"] = plot_learning_rate(points)
-    return {name: Markup(svg) for name, svg in plots.items()}
+    logged = {name for point in points for name in point}
+    return {
+        "loss": Markup(plot_loss(points) if "loss" in logged else ""),
+        "learning_rate": Markup(plot_learning_rate(points) if "learning_rate" in logged else ""),
+        "lengths": Markup(plot_lengths(lengths) if any(lengths.values()) else ""),
+    }
+
+
+def _finite(value: Any) -> Any:
+    """The same data with null for numbers that JSON cannot write."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _environment() -> Environment:

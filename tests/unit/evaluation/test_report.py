@@ -1,0 +1,208 @@
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from qlora_core.artifacts import ModelScores, PreparedDataset, PromotionDecision, Scores
+from qlora_core.errors import EvaluationError
+from qlora_core.evaluation.evaluate import ReportContext, compare
+from qlora_core.evaluation.records import ScoredAnswer
+from qlora_core.evaluation.report import format_score, format_seconds
+from qlora_core.gates import decide
+from qlora_core.recipe import Gate
+
+GATES = (Gate(metric="valid_call", against="base"), Gate(metric="loss", against="champion"))
+BASE = {"loss": 0.85, "valid_call": 0.0, "answer_tokens": 67.0}
+CANDIDATE = {"loss": 0.13, "valid_call": 0.8333, "answer_tokens": 27.0}
+ATTACK = "<script>alert(1)</script><img src=x onerror=alert(2)>"
+CONTEXT = ReportContext(
+    title="Retraining of calls",
+    recipe_name="calls",
+    created="2026-01-02T03:04:05+00:00",
+    lineage=(("base model", ATTACK),),
+    timings_s={"train": 124.0},
+)
+MakeScores = Callable[[str, Scores, str], ModelScores]
+
+
+@pytest.fixture
+def make(tmp_path: Path, dataset: PreparedDataset) -> MakeScores:
+    def make(name: str, scores: Scores, answer: str) -> ModelScores:
+        folder = tmp_path / name
+        folder.mkdir()
+        lines = [
+            ScoredAnswer(
+                row_id=f"row-{number}",
+                question=f"Question {number} {ATTACK}",
+                prompt="…",
+                expected="the call",
+                answer=answer,
+                stopped=True,
+                tokens=3,
+                metrics={"valid_call": float(answer == "the call")},
+                loss=0.5,
+            ).model_dump_json()
+            for number in range(10)
+        ]
+        (folder / "answers.jsonl").write_text("\n".join(lines))
+        return ModelScores(
+            path=folder, model_digest=name[0] * 64, data_digest=dataset.digest, scores=scores, rows=10, seed=17
+        )
+
+    return make
+
+
+def decide_on(candidate: Scores, champion: Scores | None = None) -> PromotionDecision:
+    return decide(GATES, candidate, BASE, champion)
+
+
+class Page(HTMLParser):
+    """What a browser would load or run, and what a person would read."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.links: list[str] = []
+        self.policy = ""
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        given = dict(attrs)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href") or name.startswith("on")]
+        if given.get("http-equiv") == "Content-Security-Policy":
+            self.policy = given.get("content") or ""
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data.strip())
+
+
+def test_the_page_opens_with_the_verdict_in_one_sentence(
+    make: MakeScores, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "the call")
+    report = compare(base, candidate, None, decide_on(CANDIDATE), dataset, CONTEXT, tmp_path)
+    words = Page((tmp_path / "report.html").read_text()).words
+    assert "Promoted: valid tool calls rose from 0\u202f% to 83\u202f%." in words
+    assert (report.base, report.candidate, report.champion, report.rows) == (BASE, CANDIDATE, None, 10)
+
+
+def test_a_refusal_names_the_gate_that_failed_its_value_and_its_limit(
+    make: MakeScores, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    champion_scores = {"loss": 0.1, "valid_call": 0.9, "answer_tokens": 20.0}
+    base, candidate, champion = (
+        make("base", BASE, "no"),
+        make("candidate", CANDIDATE, "no"),
+        make("hero", champion_scores, "the call"),
+    )
+    decision = decide_on(CANDIDATE, champion_scores)
+    compare(base, candidate, champion, decision, dataset, CONTEXT, tmp_path)
+    words = Page((tmp_path / "report.html").read_text()).words
+    assert "Not promoted: loss is 0.130, and must be below 0.100 (champion)." in words
+    assert "Champion" in words
+
+
+def test_the_page_is_one_file_that_loads_and_runs_nothing_even_when_data_tries_to(
+    make: MakeScores, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    curve = tmp_path / "curve.jsonl"
+    points = [{"step": n, "loss": 1 / n, "learning_rate": 1e-3 / n} for n in range(1, 100)]
+    curve.write_text("\n".join(map(json.dumps, points)) + '\n{"step": 100, "lo')
+    base, candidate = make("base", BASE, ATTACK), make("candidate", CANDIDATE, ATTACK)
+    context = CONTEXT.model_copy(update={"curve": curve})
+    compare(base, candidate, None, decide_on(CANDIDATE), dataset, context, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.tags.isdisjoint({"script", "link", "img", "iframe", "object", "embed", "a"})
+    assert all(link.startswith("#") for link in page.links)
+    assert page.policy.startswith("default-src 'none'")
+    assert ATTACK in page.words
+
+
+def test_the_page_shows_curves_and_histogram_in_the_colours_of_the_page(
+    make: MakeScores, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    curve = tmp_path / "curve.jsonl"
+    curve.write_text("\n".join(json.dumps({"step": n, "loss": 1 / n, "learning_rate": 1e-3}) for n in (1, 2, 3)))
+    base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "the call")
+    context = CONTEXT.model_copy(update={"curve": curve})
+    compare(base, candidate, None, decide_on(CANDIDATE), dataset, context, tmp_path)
+    svgs = re.findall(r"<svg.*?</svg>", (tmp_path / "report.html").read_text(), flags=re.DOTALL)
+    labels = [re.search(r'aria-label="([^"]*)"', svg) for svg in svgs]
+    assert [label[1] for label in labels if label] == [
+        "Loss over training steps",
+        "Learning rate over training steps",
+        "Row lengths in tokens",
+    ]
+    for svg in svgs:
+        assert "var(--first)" in svg
+        assert not re.search(r"#[0-9a-f]{6}\b", svg)
+
+
+def test_the_same_inputs_make_the_same_page(make: MakeScores, dataset: PreparedDataset, tmp_path: Path) -> None:
+    base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "the call")
+    pages = []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        compare(base, candidate, None, decide_on(CANDIDATE), dataset, CONTEXT, tmp_path / name)
+        pages.append((tmp_path / name / "report.html").read_bytes())
+    assert pages[0] == pages[1]
+
+
+def test_the_data_beside_the_page_holds_what_the_page_says(
+    make: MakeScores, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "the call")
+    compare(base, candidate, None, decide_on(CANDIDATE), dataset, CONTEXT, tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["decision"]["promote"] is True
+    assert data["models"]["candidate"]["scores"] == CANDIDATE
+    assert len(data["examples"]) == 8
+    assert data["examples"][0]["change"] == "gained"
+
+
+def test_a_score_that_json_cannot_write_becomes_null_in_the_data(
+    make: MakeScores, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    ruined = CANDIDATE | {"loss": float("nan")}
+    base, candidate = make("base", BASE, "no"), make("candidate", ruined, "no")
+    compare(base, candidate, None, decide_on(ruined), dataset, CONTEXT, tmp_path)
+    data = json.loads((tmp_path / "report.json").read_text())
+    assert data["models"]["candidate"]["scores"]["loss"] is None
+
+
+@pytest.mark.parametrize("change", [{"data_digest": "0" * 64}, {"seed": 18}, {"rows": 9}])
+def test_models_that_saw_other_rows_are_not_compared(
+    make: MakeScores, dataset: PreparedDataset, tmp_path: Path, change: dict[str, object]
+) -> None:
+    base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "the call")
+    with pytest.raises(EvaluationError, match="compare only on the same rows"):
+        other = base.model_copy(update=change)
+        compare(other, candidate, None, decide_on(CANDIDATE), dataset, CONTEXT, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("valid_call", 0.8333, "83.3\u202f%"),
+        ("loss", 0.12996, "0.130"),
+        ("perplexity", 25.0, "25.0"),
+        ("perplexity", 123456.7, "123,457"),
+        ("perplexity", float("inf"), "infinite"),
+        ("loss", float("nan"), "not a number"),
+        ("loss", None, "\u2013"),
+    ],
+)
+def test_a_score_is_written_as_people_read_it(name: str, value: float | None, text: str) -> None:
+    assert format_score(name, value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.44, "0.4 s"), (42.4, "42 s"), (124, "2 min 4 s"), (3 * 3600 + 300, "3 h 5 min")]
+)
+def test_times_are_written_as_people_read_them(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
