@@ -10,7 +10,7 @@ import torch
 from qlora_core.artifacts import MergedModel, MergeProof, TensorChange
 from qlora_core.errors import MergeError
 from qlora_core.events import Note, Report
-from qlora_core.merging.changes import read_changes
+from qlora_core.merging.adapter import read_changes
 from qlora_core.merging.compare import compare
 from qlora_core.merging.logits import Agreement, adapted_logits, agree, check, merged_logits, read_probe
 from qlora_core.merging.plot import plot_changes
@@ -32,7 +32,7 @@ def work(spec: dict[str, Any], report: Report) -> MergedModel:
         MergeError: the adapter cannot be merged into this base, or the proof failed.
     """
     task = MergeSpec.model_validate(spec)
-    _same_tokenizer(task)
+    _check_vocabulary(task)
     changed = write_model(task, report)
     report(Note(message=f"{len(changed)} tensors changed, every other one is the base's; comparing predictions"))
     agreement, probe_tokens = _compare_predictions(task)
@@ -62,7 +62,7 @@ def write_model(task: MergeSpec, report: Report) -> tuple[TensorChange, ...]:
     folder.mkdir(parents=True)
     dtype = None if task.recipe.dtype == "base" else task.recipe.dtype
     base = read_folder(task.base.path)
-    changes = read_changes(task.adapter.path, base)
+    changes = read_changes(task.adapter.path, base, task.base.architecture.tied_embeddings)
     shards = lay_out(base.values(), dtype and getattr(torch, dtype), task.recipe.max_shard_mb * MB, folder)
     write_shards(shards, base, changes, threads, report)
     write_index(shards, folder)
@@ -70,12 +70,19 @@ def write_model(task: MergeSpec, report: Report) -> tuple[TensorChange, ...]:
     return compare(base, read_folder(folder), changes.keys(), threads)
 
 
-def _same_tokenizer(task: MergeSpec) -> None:
-    found, wanted = tokenizer_digest(load_tokenizer(task.base.path)), task.dataset.tokenizer_digest
+def _check_vocabulary(task: MergeSpec) -> None:
+    tokenizer = load_tokenizer(task.base.path)
+    found, wanted = tokenizer_digest(tokenizer), task.dataset.tokenizer_digest
     if found != wanted:
         raise MergeError(
             f"the base's tokenizer has digest {found[:12]} and the data was made with {wanted[:12]}; "
             "prepare the data with the tokenizer of the model that is merged into"
+        )
+    largest, rows = max(tokenizer.get_vocab().values()), task.base.architecture.vocab
+    if largest >= rows:
+        raise MergeError(
+            f"the base's tokenizer has ids up to {largest} and the embedding has {rows} rows; "
+            "take the tokenizer that belongs to this base"
         )
 
 

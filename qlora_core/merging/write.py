@@ -6,7 +6,7 @@ be seen in the result, and no more than a few blocks are ever in memory.
 """
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -17,8 +17,9 @@ import torch
 
 from qlora_core.errors import MergeError
 from qlora_core.events import Progress, Report
-from qlora_core.merging.changes import LowRank
+from qlora_core.merging.changes import Change
 from qlora_core.merging.tensors import FLOATS, Shard, StoredTensor, read_bytes, write_bytes
+from qlora_core.store import discard
 
 BLOCK_ELEMENTS = 1 << 20
 T = TypeVar("T")
@@ -53,9 +54,9 @@ class Opened(NamedTuple):
 
 
 def write_shards(
-    shards: Iterable[Shard],
+    shards: Sequence[Shard],
     base: Mapping[str, StoredTensor],
-    changes: Mapping[str, LowRank],
+    changes: Mapping[str, Change],
     threads: int,
     report: Report,
 ) -> None:
@@ -64,10 +65,9 @@ def write_shards(
     Raises:
         MergeError: there is no room on the disk.
     """
-    shards = list(shards)
+    _allocate(shards)
     with one_thread_each(threads) as each:
         for number, shard in enumerate(shards, start=1):
-            _allocate(shard)
             with opened([*{base[t.name].file for t in shard.tensors}], [shard.file]) as files:
                 each(partial(_merge, files=files, changes=changes), blocks(shard.tensors, base))
             report(Progress(what="merge", done=number, total=len(shards), unit="shards"))
@@ -107,21 +107,25 @@ def opened(read: Iterable[Path], write: Iterable[Path] = ()) -> Iterator[Opened]
             os.close(descriptor)
 
 
-def _allocate(shard: Shard) -> None:
-    """Write the header and take the disk space at once, so that a full disk is known before the work."""
-    with shard.file.open("wb") as file:
-        file.write(shard.header)
-        file.flush()
-        try:
-            os.posix_fallocate(file.fileno(), 0, shard.bytes)
-        except OSError as error:
-            raise MergeError(
-                f"{shard.file} needs {shard.bytes:,} bytes and cannot have them: {error.strerror}; "
-                "free some space or take another store"
-            ) from None
+def _allocate(shards: Sequence[Shard]) -> None:
+    """Write the headers and take all disk space at once, so that a full disk is known before the work."""
+    try:
+        for shard in shards:
+            with shard.file.open("wb") as file:
+                file.write(shard.header)
+                file.flush()
+                os.posix_fallocate(file.fileno(), 0, shard.bytes)
+    except OSError as error:
+        folder = shards[0].file.parent
+        discard(folder)
+        total = sum(shard.bytes for shard in shards)
+        raise MergeError(
+            f"{folder} needs {total:,} bytes and cannot have them: {error.strerror}; "
+            "free some space or put the store on another disk"
+        ) from None
 
 
-def _merge(block: Block, files: Opened, changes: Mapping[str, LowRank]) -> None:
+def _merge(block: Block, files: Opened, changes: Mapping[str, Change]) -> None:
     source, target, first, rows = block
     values = files.read(source, first, rows)
     change = changes.get(source.name)

@@ -54,11 +54,11 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(family: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
+def make_model(family: str, dtype: torch.dtype = torch.float32, hidden: int = 32) -> PreTrainedModel:
+    torch.manual_seed(0)
     settings = {
         "vocab_size": VOCABULARY,
-        "hidden_size": 32,
+        "hidden_size": hidden,
         "intermediate_size": 48,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -88,14 +88,14 @@ def save_base(model: PreTrainedModel, folder: Path, max_shard_size: str = "1GB")
     )
 
 
-def save_adapter(model: PreTrainedModel, folder: Path, lora: LoraConfig, seed: int = 1) -> Adapter:
+def save_adapter(model: PreTrainedModel, folder: Path, lora: LoraConfig) -> Adapter:
     """A trained-looking adapter: PEFT starts with B = 0, so every trainable tensor is moved a little."""
-    torch.manual_seed(seed)
+    torch.manual_seed(1)
     peft_model = get_peft_model(model, lora)
     assert isinstance(peft_model, PeftModel)
     for parameter in peft_model.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float() + 0.05 * torch.randn(parameter.shape)
+            parameter.data.add_(0.05 * torch.randn(parameter.shape))  # in place: tied tensors share their storage
     peft_model.save_pretrained(folder)
     peft_model.unload()
     return Adapter(
@@ -136,16 +136,32 @@ def save_rows(folder: Path, tokenizer_folder: Path) -> PreparedDataset:
     )
 
 
+@pytest.fixture(name="save_adapter")
+def save_adapter_fixture() -> Callable[..., Adapter]:
+    return save_adapter
+
+
 @pytest.fixture
 def make_case(tmp_path: Path) -> Callable[..., MergeSpec]:
+    """A whole merge to be done, below the test's folder; keywords go to PEFT's LoraConfig."""
+
     def make(
-        family: str = "llama", dtype: torch.dtype = torch.float32, shards: str = "1GB", seed: int = 0, **lora: Any
+        family: str = "llama",
+        dtype: torch.dtype = torch.float32,
+        shards: str = "1GB",
+        hidden: int = 32,
+        merge: dict[str, Any] | None = None,
+        **lora: Any,
     ) -> MergeSpec:
-        model = make_model(family, dtype, seed)
+        model = make_model(family, dtype, hidden)
         base = save_base(model, tmp_path / "base", shards)
         settings = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **lora}
-        adapter = save_adapter(model, tmp_path / "adapter", LoraConfig(**settings))
-        rows = save_rows(tmp_path / "data", base.path)
-        return MergeSpec(recipe=MergeRecipe(), base=base, adapter=adapter, dataset=rows, into=tmp_path / "into")
+        return MergeSpec(
+            recipe=MergeRecipe(**(merge or {})),
+            base=base,
+            adapter=save_adapter(model, tmp_path / "adapter", LoraConfig(**settings)),
+            dataset=save_rows(tmp_path / "data", base.path),
+            into=tmp_path / "into",
+        )
 
     return make
