@@ -34,9 +34,12 @@ def _tokens(encoding: Any, row: Rendered) -> Tokens:
     trained = []
     for start, end in row.spans:
         first, last = _token_at(encoding, range(start, end)), _token_at(encoding, range(end - 1, start - 1, -1))
-        if first is not None and last is not None:
-            mask[first : last + 1] = 1
-            trained.append((encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]))
+        if first is None or last is None:
+            continue
+        if encoding.token_to_chars(first)[0] < start:
+            first += 1  # it belongs to the prompt: a server would feed it, not generate it
+        mask[first : last + 1] = 1
+        trained.append((encoding.token_to_chars(first)[0], encoding.token_to_chars(last)[1]))
     return Tokens(ids, mask, tuple(trained))
 
 

@@ -1,0 +1,94 @@
+import json
+
+import pytest
+
+from qlora_core.data.conversation import Call, Message, content_key
+from qlora_core.data.formats import to_conversation
+from qlora_core.data.reasons import RowProblem
+from qlora_core.data.tool_calls import single_call
+
+CALL = {"name": "add", "arguments": {"a": 1}}
+TOOLS = [{"name": "add", "parameters": {}}]
+
+
+def read(row: object, name: str = "auto"):
+    return to_conversation(row, name, "rows.jsonl", 7)
+
+
+def test_alpaca_joins_instruction_and_input_and_keeps_system_and_history():
+    row = {"instruction": "Add.", "input": "1 2", "output": "3", "system": "Be brief.", "history": [["hi", "hello"]]}
+    assert [tuple(message[:2]) for message in read(row).messages] == [
+        ("system", "Be brief."),
+        ("user", "hi"),
+        ("assistant", "hello"),
+        ("user", "Add.\n1 2"),
+        ("assistant", "3"),
+    ]
+
+
+@pytest.mark.parametrize(("user", "assistant"), [("human", "gpt"), ("user", "assistant")])
+def test_sharegpt_and_belle_names_mean_the_same(user: str, assistant: str):
+    row = {"id": 1, "conversations": [{"from": user, "value": "hi"}, {"from": assistant, "value": "hello"}]}
+    assert read(row).messages == (Message("user", "hi"), Message("assistant", "hello"))
+
+
+def test_sharegpt_calls_tools_and_observations_are_read():
+    turns = [
+        {"from": "human", "value": "1 + ?"},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "2"},
+        {"from": "gpt", "value": "2"},
+    ]
+    conversation = read({"conversations": turns, "tools": json.dumps(TOOLS), "system": "Add."})
+    assert [message.role for message in conversation.messages] == ["system", "user", "assistant", "tool", "assistant"]
+    assert conversation.messages[2].calls == (Call("add", {"a": 1}),)
+    assert conversation.tools == tuple(TOOLS)
+    assert conversation.function == "add"
+
+
+def test_openai_messages_with_tool_calls_and_null_content_are_read():
+    turns = [
+        {"role": "user", "content": "1 + ?"},
+        {"role": "assistant", "content": None, "tool_calls": [{"id": "x", "type": "function", "function": CALL}]},
+    ]
+    assert read({"messages": turns}).messages[1] == Message("assistant", "", (Call("add", {"a": 1}),))
+
+
+def test_arguments_that_hold_json_as_text_are_read():
+    turns = [
+        {"from": "human", "value": "1 + ?"},
+        {"from": "function_call", "value": json.dumps({"name": "add", "arguments": '{"a": 1}'})},
+    ]
+    assert read({"conversations": turns}).messages[1].calls == (Call("add", {"a": 1}),)
+
+
+def test_the_place_is_file_and_row():
+    assert read({"instruction": "a", "output": "b"}).place == "rows.jsonl:7"
+
+
+def test_the_key_depends_on_what_is_said_and_not_on_the_form():
+    alpaca = read({"instruction": "hi", "input": "", "output": "hello"})
+    chat = read({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
+    assert content_key(alpaca) == content_key(chat)
+
+
+def test_a_single_call_has_the_tools_what_the_user_said_and_the_call():
+    turns = [
+        {"from": "human", "value": "Hello"},
+        {"from": "gpt", "value": "Hi!"},
+        {"from": "human", "value": "1 + ?"},
+        {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "gpt", "value": "done"},
+    ]
+    single = single_call(read({"conversations": turns, "tools": json.dumps(TOOLS)}), "Call a tool.")
+    assert single.messages == (
+        Message("system", 'Call a tool.\n[{"name":"add","parameters":{}}]'),
+        Message("user", "Hello\n1 + ?"),
+        Message("assistant", '{"name":"add","arguments":{"a":1}}'),
+    )
+
+
+def test_a_row_without_calls_does_not_apply():
+    with pytest.raises(RowProblem) as problem:
+        single_call(read({"instruction": "a", "output": "b"}), "Call a tool.")
+    assert problem.value.code == "no_tool_call"
