@@ -8,14 +8,18 @@ A prepared data set holds
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+R = TypeVar("R")
+BATCH_ROWS = 4096
 TOKEN_SCHEMA = pa.schema(
     [("row_id", pa.string()), ("input_ids", pa.list_(pa.int32())), ("loss_mask", pa.list_(pa.uint8()))]
 )
@@ -83,14 +87,35 @@ class TokenRows(Sequence[TokenRow]):
         return trained
 
 
+@contextmanager
+def token_row_writer(path: Path) -> Iterator[Callable[[Sequence[TokenRow]], None]]:
+    """Open a file of token rows; each call of what it yields appends a batch, so that memory holds only one.
+
+    A mask on a row's first token is cleared, as nothing predicts it.
+    """
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, TOKEN_SCHEMA) as writer:
+        yield lambda rows: writer.write(_token_batch(rows)) if rows else None
+
+
+@contextmanager
+def prompt_writer(path: Path) -> Iterator[Callable[[Sequence[PromptRow]], None]]:
+    """The same for prompts."""
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, PROMPT_SCHEMA) as writer:
+        yield lambda rows: writer.write(_prompt_batch(rows)) if rows else None
+
+
 def write_token_rows(path: Path, rows: Iterable[TokenRow]) -> None:
-    """Write rows in the order given; a mask on a row's first token is cleared, as nothing predicts it."""
-    _write(path, TOKEN_SCHEMA, (_without_first(row)._asdict() for row in rows))
+    """Write rows in the order given."""
+    with token_row_writer(path) as write:
+        for batch in _batches(rows):
+            write(batch)
 
 
 def write_prompts(path: Path, prompts: Iterable[PromptRow]) -> None:
-    """Write the prompts of the evaluation rows."""
-    _write(path, PROMPT_SCHEMA, (prompt._asdict() for prompt in prompts))
+    """Write prompts in the order given."""
+    with prompt_writer(path) as write:
+        for batch in _batches(prompts):
+            write(batch)
 
 
 def read_prompts(path: Path) -> list[PromptRow]:
@@ -105,22 +130,25 @@ def example_messages(dataset: Path) -> list[dict[str, str]]:
     return messages
 
 
-def _without_first(row: TokenRow) -> TokenRow:
-    mask = np.array(row.loss_mask, dtype=np.uint8)
-    mask[:1] = 0
-    return row._replace(loss_mask=mask)
+def _token_batch(rows: Sequence[TokenRow]) -> pa.RecordBatch:
+    lengths = np.array([len(row.input_ids) for row in rows])
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    ids = np.concatenate([row.input_ids for row in rows], dtype=np.int32)
+    masks = np.concatenate([row.loss_mask for row in rows], dtype=np.uint8)
+    masks[offsets[:-1][lengths > 0]] = 0
+    names = pa.array([row.row_id for row in rows], pa.string())
+    columns = [names, pa.ListArray.from_arrays(offsets, ids), pa.ListArray.from_arrays(offsets, masks)]
+    return pa.RecordBatch.from_arrays(columns, schema=TOKEN_SCHEMA)
 
 
-def _write(path: Path, schema: pa.Schema, rows: Iterator[dict[str, object]], batch_rows: int = 4096) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as writer:
-        batch: list[dict[str, object]] = []
-        for row in rows:
-            batch.append(row)
-            if len(batch) == batch_rows:
-                writer.write(pa.RecordBatch.from_pylist(batch, schema=schema))
-                batch = []
-        if batch:
-            writer.write(pa.RecordBatch.from_pylist(batch, schema=schema))
+def _prompt_batch(prompts: Sequence[PromptRow]) -> pa.RecordBatch:
+    return pa.RecordBatch.from_pylist([prompt._asdict() for prompt in prompts], schema=PROMPT_SCHEMA)
+
+
+def _batches(rows: Iterable[R]) -> Iterator[list[R]]:
+    source = iter(rows)
+    while batch := list(islice(source, BATCH_ROWS)):
+        yield batch
 
 
 def _single(table: pa.Table, column: str) -> pa.Array:
