@@ -42,10 +42,10 @@ class Conversation(NamedTuple):
         return next((call.name for message in self.messages for call in message.calls), None)
 
 
-def content_key(conversation: Conversation) -> str:
-    """32 hex digits that depend on nothing but what is said and which tools there are."""
+def content_key(conversation: Conversation) -> bytes:
+    """16 bytes that depend on nothing but what is said and which tools there are."""
     said = [[message.role, message.content, message.calls] for message in conversation.messages]
-    return hashlib.blake2b(compact_json([said, conversation.tools]).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(compact_json([said, conversation.tools]).encode(), digest_size=16).digest()
 
 
 def compact_json(value: Any) -> str:

@@ -6,131 +6,87 @@ Every row that does not arrive is counted with the reason, see `reasons.py`.
 """
 
 import json
-from collections.abc import Iterator
-from itertools import islice
+import time
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from qlora_core.artifacts import DataSnapshot, ModelSnapshot, PreparedDataset
-from qlora_core.data.conversation import Conversation, content_key
-from qlora_core.data.formats import to_conversation
+from qlora_core.data.candidates import Candidates
+from qlora_core.data.output import Output
 from qlora_core.data.packing import efficiency
-from qlora_core.data.read import inspect, read_rows, read_text
-from qlora_core.data.reasons import RowProblem
-from qlora_core.data.split import in_evaluation
-from qlora_core.data.summary import Tally, histogram, segments
-from qlora_core.data.template import ChatTemplate, Rendered
-from qlora_core.data.tokenize import Tokens, tokenize
-from qlora_core.data.tool_calls import single_call
+from qlora_core.data.pipeline import finish
+from qlora_core.data.read import inspect, read_text
+from qlora_core.data.reuse import Earlier, comparable
+from qlora_core.data.summary import Tally, histogram
+from qlora_core.data.template import ChatTemplate
+from qlora_core.data.tokenize import segments
 from qlora_core.errors import DataError
 from qlora_core.events import Note, Progress, Report
-from qlora_core.modeling.rows import PromptRow, TokenRow, write_prompts, write_token_rows
+from qlora_core.modeling.rows import TokenRow, write_token_rows
 from qlora_core.modeling.tokenizer import load_tokenizer, template_digest, tokenizer_digest
 from qlora_core.recipe import DataRecipe
 from qlora_core.store import write_atomically
 
 VERSION = 1
-CHUNK_ROWS = 1024
-PREVIEW_ROWS = 3
+REPORT_EVERY_S = 1.0
 FORGETTING_WINDOW_TOKENS = 512
 
 
-class _Candidate(NamedTuple):
-    """A row that was read and rendered, not yet tokenized."""
-
-    conversation: Conversation
-    rendered: Rendered
-    evaluation: bool
-
-
-class _Row(NamedTuple):
-    """A row that is kept."""
-
-    candidate: _Candidate
-    tokens: Tokens
-
-    def for_disk(self) -> TokenRow:
-        return TokenRow(self.candidate.conversation.place, self.tokens.ids, self.tokens.mask)
-
-
 def prepare(
-    recipe: DataRecipe, seed: int, base: ModelSnapshot, raw: DataSnapshot, into: Path, report: Report
+    recipe: DataRecipe,
+    seed: int,
+    base: ModelSnapshot,
+    raw: DataSnapshot,
+    into: Path,
+    report: Report,
+    earlier: PreparedDataset | None = None,
 ) -> PreparedDataset:
     """Write the files that `modeling/rows.py` describes, with summary.json and preview.json, into `into`.
+
+    Args:
+        recipe: what to do with the rows.
+        seed: decides, with each row's key, its side of the split.
+        base: the model whose tokenizer and chat template are used.
+        raw: the files to read.
+        into: an empty directory.
+        report: hears how many rows were read.
+        earlier: a data set whose rows are not tokenized again where tokenizer and template are the same.
 
     Raises:
         DataError: too many rows are unreadable, one side of the split is empty, or the chat template cannot be used.
     """
     tokenizer = load_tokenizer(base.path)
-    template = ChatTemplate(tokenizer)
+    digests = tokenizer_digest(tokenizer), template_digest(tokenizer)
     tally = Tally()
-    rows = list(_keep(recipe, seed, raw, tokenizer, template, tally, report))
-    train = [row for row in rows if not row.candidate.evaluation]
-    evaluation = [row for row in rows if row.candidate.evaluation]
-    _check(recipe, tally, len(train), len(evaluation))
-    write_token_rows(into / "train.arrow", (row.for_disk() for row in train))
-    write_token_rows(into / "evaluation.arrow", (row.for_disk() for row in evaluation))
-    write_prompts(into / "prompts.arrow", _prompts(evaluation, template, tokenizer))
-    forgetting = _forgetting(recipe, raw, tokenizer)
-    write_token_rows(into / "forgetting.arrow", forgetting)
-    _write_preview(into / "preview.json", train[:PREVIEW_ROWS])
-    record = _record(recipe, tokenizer, tally, train, evaluation, forgetting, into)
-    _write_summary(into / "summary.json", record, tally, [len(row.tokens.ids) for row in rows])
+    candidates = Candidates(recipe, seed, ChatTemplate(tokenizer), Earlier(comparable(earlier, *digests)), tally)
+    told = time.monotonic()
+    with Output(into, recipe.seq_len_tokens, tally) as output:
+        for rows in finish(candidates.of(raw), tokenizer):
+            output.write(rows)
+            if time.monotonic() - told > REPORT_EVERY_S:
+                report(Progress(what="prepare", done=tally.read, total=0, unit="rows"))
+                told = time.monotonic()
+    _check(recipe, tally, len(output.train.lengths), len(output.evaluation.lengths))
+    forgetting_tokens = _write_forgetting(recipe, raw, tokenizer, into / "forgetting.arrow")
+    record = PreparedDataset(
+        path=into,
+        tokenizer_digest=digests[0],
+        template_digest=digests[1],
+        train_rows=len(output.train.lengths),
+        evaluation_rows=len(output.evaluation.lengths),
+        dropped=tally.dropped,
+        train_tokens=sum(output.train.lengths),
+        trained_tokens=output.train.trained_tokens,
+        evaluation_trained_tokens=output.evaluation.trained_tokens,
+        longest_row_tokens=max(max(output.train.lengths), max(output.evaluation.lengths)),
+        forgetting_tokens=forgetting_tokens,
+        packing_efficiency=efficiency(output.train.lengths, recipe.seq_len_tokens),
+    )
+    _describe(into, record, tally, output, tokenizer)
     report(Note(message=_sentence(record)))
     return record
-
-
-def _keep(
-    recipe: DataRecipe,
-    seed: int,
-    raw: DataSnapshot,
-    tokenizer: PreTrainedTokenizerFast,
-    template: ChatTemplate,
-    tally: Tally,
-    report: Report,
-) -> Iterator[_Row]:
-    candidates = _candidates(recipe, seed, raw, template, tally)
-    while chunk := list(islice(candidates, CHUNK_ROWS)):
-        tokenized = tokenize(tokenizer, [candidate.rendered for candidate in chunk])
-        for candidate, tokens in zip(chunk, tokenized, strict=True):
-            if len(tokens.ids) <= recipe.seq_len_tokens:
-                yield _Row(candidate, tokens)
-            else:
-                found = f"{len(tokens.ids)} tokens, {recipe.seq_len_tokens} are allowed"
-                tally.drop(RowProblem("too_long", found), candidate.conversation.file, candidate.conversation.row)
-        report(Progress(what="prepare", done=tally.read, total=0, unit="rows"))
-
-
-def _candidates(
-    recipe: DataRecipe, seed: int, raw: DataSnapshot, template: ChatTemplate, tally: Tally
-) -> Iterator[_Candidate]:
-    seen: set[str] = set()
-    for file in raw.rows:
-        for number, value in read_rows(raw.path / file.name):
-            tally.read += 1
-            try:
-                if isinstance(value, RowProblem):
-                    raise value
-                yield _candidate(recipe, seed, to_conversation(value, recipe.format, file.name, number), template, seen)
-            except RowProblem as problem:
-                tally.drop(problem, file.name, number)
-
-
-def _candidate(
-    recipe: DataRecipe, seed: int, conversation: Conversation, template: ChatTemplate, seen: set[str]
-) -> _Candidate:
-    function = conversation.function if recipe.split.by == "function" else None
-    if recipe.tool_calls is not None:
-        conversation = single_call(conversation, recipe.tool_calls.system_prompt)
-    key = content_key(conversation)
-    if key in seen:
-        raise RowProblem("duplicate", "the same turns and tools came before")
-    seen.add(key)
-    evaluation = in_evaluation(function or key, seed, recipe.split.evaluation_fraction)
-    return _Candidate(conversation, template.render(conversation), evaluation)
 
 
 def _check(recipe: DataRecipe, tally: Tally, train_rows: int, evaluation_rows: int) -> None:
@@ -148,16 +104,8 @@ def _check(recipe: DataRecipe, tally: Tally, train_rows: int, evaluation_rows: i
             )
 
 
-def _prompts(rows: list[_Row], template: ChatTemplate, tokenizer: PreTrainedTokenizerFast) -> Iterator[PromptRow]:
-    for row in rows:
-        conversation = row.candidate.conversation
-        prompt, expected = template.prompt(conversation, row.candidate.rendered)
-        ids = tokenizer.backend_tokenizer.encode(prompt, add_special_tokens=False).ids
-        yield PromptRow(conversation.place, ids, prompt, expected, template.prompt_messages(conversation))
-
-
-def _forgetting(recipe: DataRecipe, raw: DataSnapshot, tokenizer: PreTrainedTokenizerFast) -> list[TokenRow]:
-    """Windows from the start of each text in turn, each opened as the tokenizer opens a text."""
+def _write_forgetting(recipe: DataRecipe, raw: DataSnapshot, tokenizer: PreTrainedTokenizerFast, path: Path) -> int:
+    """Write windows from the start of each text in turn, each opened as the tokenizer opens a text; return tokens."""
     opening = tokenizer.encode("")
     window = min(FORGETTING_WINDOW_TOKENS, recipe.seq_len_tokens) - len(opening)
     rows: list[TokenRow] = []
@@ -169,55 +117,25 @@ def _forgetting(recipe: DataRecipe, raw: DataSnapshot, tokenizer: PreTrainedToke
         for start in range(0, len(ids) - 1, window):
             window_ids = np.array(opening + ids[start : start + window], dtype=np.int32)
             rows.append(TokenRow(f"{file.name}:token {start}", window_ids, np.ones(len(window_ids), np.uint8)))
-    return rows
+    write_token_rows(path, rows)
+    return sum(len(row.input_ids) for row in rows)
 
 
-def _record(
-    recipe: DataRecipe,
-    tokenizer: PreTrainedTokenizerFast,
-    tally: Tally,
-    train: list[_Row],
-    evaluation: list[_Row],
-    forgetting: list[TokenRow],
-    into: Path,
-) -> PreparedDataset:
-    lengths = [len(row.tokens.ids) for row in train]
-    return PreparedDataset(
-        path=into,
-        tokenizer_digest=tokenizer_digest(tokenizer),
-        template_digest=template_digest(tokenizer),
-        train_rows=len(train),
-        evaluation_rows=len(evaluation),
-        dropped=tally.dropped,
-        train_tokens=sum(lengths),
-        trained_tokens=sum(int(row.tokens.mask[1:].sum()) for row in train),
-        evaluation_trained_tokens=sum(int(row.tokens.mask[1:].sum()) for row in evaluation),
-        longest_row_tokens=max([*lengths, *(len(row.tokens.ids) for row in evaluation)]),
-        forgetting_tokens=sum(len(row.input_ids) for row in forgetting),
-        packing_efficiency=efficiency(lengths, recipe.seq_len_tokens),
-    )
-
-
-def _write_preview(path: Path, rows: list[_Row]) -> None:
-    shown = [
-        {
-            "row_id": row.candidate.conversation.place,
-            "segments": segments(row.candidate.rendered.text, row.tokens.trained),
-        }
-        for row in rows
-    ]
-    write_atomically(path, json.dumps(shown, ensure_ascii=False, indent=1))
-
-
-def _write_summary(path: Path, record: PreparedDataset, tally: Tally, lengths: list[int]) -> None:
+def _describe(
+    into: Path, record: PreparedDataset, tally: Tally, output: Output, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """Write summary.json and preview.json, for people and pages."""
     facts = record.model_dump(mode="json", exclude={"path", "digest", "fingerprint", "dropped"})
     summary = {
         "read_rows": tally.read,
+        "reused_rows": output.reused_rows,
         **facts,
         "dropped": tally.as_json(),
-        "lengths": histogram(lengths, record.longest_row_tokens),
+        "lengths": histogram(output.train.lengths + output.evaluation.lengths, record.longest_row_tokens),
     }
-    write_atomically(path, json.dumps(summary, ensure_ascii=False, indent=1))
+    shown = [{"row_id": name, "segments": segments(tokenizer, tokens)} for name, tokens in output.preview]
+    write_atomically(into / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
+    write_atomically(into / "preview.json", json.dumps(shown, ensure_ascii=False, indent=1))
 
 
 def _sentence(record: PreparedDataset) -> str:

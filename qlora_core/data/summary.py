@@ -76,13 +76,3 @@ def histogram(lengths: Sequence[int], longest: int) -> dict[str, list[int]]:
     edges = np.arange(0, width * (HISTOGRAM_BINS + 1), width)
     rows, _ = np.histogram(lengths, bins=edges)
     return {"edges_tokens": edges.tolist(), "rows": rows.tolist()}
-
-
-def segments(text: str, trained: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
-    """A row cut where training starts and stops."""
-    parts, at = [], 0
-    for start, end in trained:
-        parts += [(text[at:start], False), (text[start:end], True)]
-        at = end
-    parts.append((text[at:], False))
-    return [{"text": part, "trained": flag} for part, flag in parts if part]

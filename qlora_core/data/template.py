@@ -20,6 +20,7 @@ from qlora_core.data.conversation import Call, Conversation, Message, Role
 from qlora_core.data.fit import Abilities, fit, tool_schema
 from qlora_core.data.reasons import RowProblem
 from qlora_core.errors import DataError
+from qlora_core.modeling.rows import PromptRow
 
 ALTERATIONS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
 """What templates do to the white space around a message; tried in this order."""
@@ -80,17 +81,21 @@ class ChatTemplate:
             raise RowProblem("template", "the template writes more than the messages")
         return Rendered(text, tuple(spans))
 
-    def prompt(self, conversation: Conversation, rendered: Rendered) -> tuple[str, str]:
-        """The text up to the last assistant turn, with the generation prompt, and what the model should answer."""
-        asked = _before_answer(fit(conversation, self.abilities))
-        start, end = rendered.spans[-1]
-        expected = rendered.text[start:end].removesuffix(self.turn_end).strip()
-        return self._apply(asked, add_generation_prompt=True), expected
+    def prompt(self, conversation: Conversation, rendered: Rendered) -> PromptRow:
+        """The text up to the last assistant turn, with the generation prompt, and what the model should answer.
 
-    def prompt_messages(self, conversation: Conversation) -> str:
-        """The turns before the last assistant turn as OpenAI's messages, in JSON: what a server would be sent."""
+        Its ids are left empty. Its messages are the turns before the answer, as a server would be sent them.
+        """
         fitted = fit(conversation, self.abilities)
-        return json.dumps([_as_dict(message) for message in _before_answer(fitted).messages], ensure_ascii=False)
+        asked = _upto(fitted, max(at for at, m in enumerate(fitted.messages) if m.role == "assistant"))
+        start, end = rendered.spans[-1]
+        return PromptRow(
+            row_id=conversation.place,
+            prompt_ids=[],
+            prompt=self._apply(asked, add_generation_prompt=True),
+            expected=rendered.text[start:end].removesuffix(self.turn_end).strip(),
+            messages=json.dumps([_as_dict(message) for message in asked.messages], ensure_ascii=False),
+        )
 
     def _skeleton(self, conversation: Conversation) -> _Skeleton:
         if conversation.tools or any(message.calls for message in conversation.messages):
@@ -213,10 +218,6 @@ def _verbatim(message: Message) -> str:
 
 def _upto(conversation: Conversation, at: int) -> Conversation:
     return conversation._replace(messages=conversation.messages[:at])
-
-
-def _before_answer(conversation: Conversation) -> Conversation:
-    return _upto(conversation, max(at for at, m in enumerate(conversation.messages) if m.role == "assistant"))
 
 
 def _as_dict(message: Message) -> dict[str, Any]:

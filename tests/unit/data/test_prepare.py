@@ -28,9 +28,11 @@ def alpaca(count: int) -> list[Any]:
     return [{"instruction": f"Count to {at}.", "output": " ".join(map(str, range(at)))} for at in range(1, count + 1)]
 
 
-def run(base: ModelSnapshot, raw: DataSnapshot, into: Path, seed: int = 17, **options: Any) -> PreparedDataset:
+def run(
+    base: ModelSnapshot, raw: DataSnapshot, into: Path, earlier: PreparedDataset | None = None, **options: Any
+) -> PreparedDataset:
     into.mkdir(exist_ok=True)
-    return prepare(recipe(**options), seed, base, raw, into, ignore)
+    return prepare(recipe(**options), 17, base, raw, into, ignore, earlier)
 
 
 def names(path: Path) -> set[str]:
@@ -67,6 +69,25 @@ def test_added_rows_never_move_old_ones(base, tmp_path):
     run(base, write_rows(many, alpaca(60)), many / "out")
     for side in ("train", "evaluation"):
         assert names(few / "out" / f"{side}.arrow") <= names(many / "out" / f"{side}.arrow")
+
+
+def test_only_rows_that_an_earlier_data_set_has_not_are_tokenized_again(base, tmp_path):
+    few, many = tmp_path / "few", tmp_path / "many"
+    few.mkdir(), many.mkdir()
+    earlier = run(base, write_rows(few, alpaca(40)), few / "out")
+    raw = write_rows(many, [{"instruction": "new", "output": "first"}, *alpaca(40)])
+    run(base, raw, many / "fresh")
+    run(base, raw, many / "out", earlier=earlier)
+    assert json.loads((many / "out" / "summary.json").read_text())["reused_rows"] == 40
+    for file in ("train.arrow", "evaluation.arrow", "prompts.arrow", "preview.json"):
+        assert (many / "out" / file).read_bytes() == (many / "fresh" / file).read_bytes()
+
+
+def test_an_earlier_data_set_of_another_tokenizer_is_not_used(base, tmp_path):
+    raw = write_rows(tmp_path, alpaca(40))
+    earlier = run(base, raw, tmp_path / "one").model_copy(update={"tokenizer_digest": "other"})
+    run(base, raw, tmp_path / "two", earlier=earlier)
+    assert json.loads((tmp_path / "two" / "summary.json").read_text())["reused_rows"] == 0
 
 
 def test_too_long_rows_and_duplicates_are_dropped_and_counted(base, tmp_path):

@@ -1,3 +1,5 @@
+import json
+
 import numpy as np
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -129,6 +131,7 @@ def test_a_tokenizer_without_a_template_is_an_error(chatml):
 
 def test_the_prompt_ends_with_the_generation_prompt_and_the_answer_has_no_turn_end(chatml):
     template = ChatTemplate(chatml)
-    prompt, expected = template.prompt(CHAT, template.render(CHAT))
-    assert prompt.endswith("谢谢<|im_end|>\n<|im_start|>assistant\n")
-    assert expected == "🙂"
+    prompt = template.prompt(CHAT, template.render(CHAT))
+    assert prompt.prompt.endswith("谢谢<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt.expected == "🙂"
+    assert [turn["role"] for turn in json.loads(prompt.messages)] == ["user", "assistant", "user"]

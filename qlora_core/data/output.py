@@ -1,0 +1,92 @@
+"""Write the rows that are kept, batch by batch, and remember what the summary needs."""
+
+from array import array
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import pyarrow as pa
+
+from qlora_core.data.reasons import RowProblem
+from qlora_core.data.reuse import KEYS_FILE, KEYS_SCHEMA
+from qlora_core.data.summary import Tally
+from qlora_core.data.tokenize import Tokens
+from qlora_core.modeling.rows import PromptRow, TokenRow, prompt_writer, token_row_writer
+
+PREVIEW_ROWS = 3
+
+
+class Finished(NamedTuple):
+    """A tokenized row."""
+
+    file: str
+    row: int
+    key: bytes
+    evaluation: bool
+    tokens: Tokens
+    prompt: PromptRow | None
+    reused: bool
+
+
+class Side:
+    """What is known of the training or of the evaluation rows."""
+
+    def __init__(self) -> None:
+        self.lengths = array("i")
+        """Tokens of each row."""
+        self.trained_tokens = 0
+
+    def add(self, tokens: Tokens) -> None:
+        """Count one row; the first token of a row is never predicted."""
+        self.lengths.append(len(tokens.ids))
+        self.trained_tokens += int(tokens.mask[1:].sum())
+
+
+class Output:
+    """The files of a prepared data set in the making. Use it in a `with` statement."""
+
+    def __init__(self, into: Path, seq_len_tokens: int, tally: Tally) -> None:
+        self._seq_len_tokens, self._tally = seq_len_tokens, tally
+        self._stack = ExitStack()
+        open_ = self._stack.enter_context
+        self._write_train = open_(token_row_writer(into / "train.arrow"))
+        self._write_evaluation = open_(token_row_writer(into / "evaluation.arrow"))
+        self._write_prompts = open_(prompt_writer(into / "prompts.arrow"))
+        self._keys = open_(pa.ipc.new_file(open_(pa.OSFile(str(into / KEYS_FILE), "wb")), KEYS_SCHEMA))
+        self.train, self.evaluation, self.reused_rows = Side(), Side(), 0
+        self.preview: list[tuple[str, Tokens]] = []
+        """Name and tokens of the first training rows."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def write(self, rows: Sequence[Finished]) -> None:
+        """Append rows to their side; those that are too long are counted instead."""
+        kept = [row for row in rows if self._fits(row)]
+        train = [row for row in kept if not row.evaluation]
+        evaluation = [row for row in kept if row.evaluation]
+        self._write_train([_token_row(row) for row in train])
+        self._write_evaluation([_token_row(row) for row in evaluation])
+        self._write_prompts([row.prompt for row in evaluation if row.prompt])
+        sides = [pa.array([row.key for row in kept], pa.binary(16)), pa.array([row.evaluation for row in kept])]
+        self._keys.write(pa.RecordBatch.from_arrays(sides, schema=KEYS_SCHEMA))
+        for row in kept:
+            (self.evaluation if row.evaluation else self.train).add(row.tokens)
+            self.reused_rows += row.reused
+        missing = PREVIEW_ROWS - len(self.preview)
+        self.preview += [(f"{row.file}:{row.row}", row.tokens) for row in train[:missing]]
+
+    def _fits(self, row: Finished) -> bool:
+        length = len(row.tokens.ids)
+        if length > self._seq_len_tokens:
+            found = f"{length} tokens, {self._seq_len_tokens} are allowed"
+            self._tally.drop(RowProblem("too_long", found), row.file, row.row)
+        return length <= self._seq_len_tokens
+
+
+def _token_row(row: Finished) -> TokenRow:
+    return TokenRow(f"{row.file}:{row.row}", row.tokens.ids, row.tokens.mask)

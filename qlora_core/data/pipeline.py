@@ -1,0 +1,58 @@
+"""Tokenize in background threads while the next rows are read and rendered.
+
+The tokenizer works outside Python's global lock on all cores, so reading, checking and writing cost little time
+beside it. Memory holds a few chunks, however many rows there are.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+
+from transformers import PreTrainedTokenizerFast
+
+from qlora_core.data.candidates import Candidate
+from qlora_core.data.output import Finished
+from qlora_core.data.template import Rendered
+from qlora_core.data.tokenize import Tokens, tokenize
+
+CHUNK_ROWS = 512
+WORKERS = 2
+"""While one thread tokenizes, the other makes arrays of what came out."""
+CHUNKS_AHEAD = 3
+
+
+def finish(candidates: Iterable[Candidate], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Finished]]:
+    """Tokenize candidates, chunk by chunk, in their order."""
+    tokenizer.backend_tokenizer.no_truncation()
+    tokenizer.backend_tokenizer.no_padding()
+    source = iter(candidates)
+    waiting: deque[Future[list[Finished]]] = deque()
+    with ThreadPoolExecutor(WORKERS) as pool:
+        while chunk := list(islice(source, CHUNK_ROWS)):
+            waiting.append(pool.submit(_finish, chunk, tokenizer))
+            if len(waiting) >= CHUNKS_AHEAD:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _finish(chunk: Sequence[Candidate], tokenizer: PreTrainedTokenizerFast) -> list[Finished]:
+    new = [candidate for candidate in chunk if candidate.known is None]
+    questions = [Rendered(candidate.prompt.prompt, ()) for candidate in new if candidate.prompt]
+    made = iter(tokenize(tokenizer, [*(candidate.rendered for candidate in new), *questions]))
+    tokens = {candidate.row_id: next(made) for candidate in new}
+    asked = {candidate.row_id: next(made) for candidate in new if candidate.prompt}
+    return [_finished(candidate, tokens.get(candidate.row_id), asked.get(candidate.row_id)) for candidate in chunk]
+
+
+def _finished(candidate: Candidate, tokens: Tokens | None, asked: Tokens | None) -> Finished:
+    place = candidate.file, candidate.row, candidate.key, candidate.evaluation
+    if candidate.known is not None:
+        prompt = candidate.known.prompt
+        return Finished(
+            *place, candidate.known.tokens, prompt._replace(row_id=candidate.row_id) if prompt else None, reused=True
+        )
+    assert tokens is not None
+    prompt = candidate.prompt._replace(prompt_ids=asked.ids.tolist()) if candidate.prompt and asked else None
+    return Finished(*place, tokens, prompt, reused=False)

@@ -1,0 +1,52 @@
+"""Tokens of an earlier data set: rows that are in it already are not rendered and tokenized again."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from qlora_core.artifacts import PreparedDataset
+from qlora_core.data.tokenize import Tokens
+from qlora_core.modeling.rows import PromptRow, TokenRows, read_prompts
+
+KEYS_FILE = "keys.arrow"
+KEYS_SCHEMA = pa.schema([("key", pa.binary(16)), ("evaluation", pa.bool_())])
+"""One row for each row of train.arrow and evaluation.arrow together, in the order of each."""
+
+
+class Known(NamedTuple):
+    """A row that was tokenized before."""
+
+    tokens: Tokens
+    prompt: PromptRow | None
+
+
+class Earlier:
+    """The rows of an earlier data set that was made with the same tokenizer and template; of none, nothing is known."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._places: tuple[dict[bytes, int], dict[bytes, int]] = ({}, {})
+        if path is None:
+            return
+        self._rows = (TokenRows(path / "train.arrow"), TokenRows(path / "evaluation.arrow"))
+        self._prompts = read_prompts(path / "prompts.arrow")
+        with pa.memory_map(str(path / KEYS_FILE)) as file:
+            for batch in pa.ipc.open_file(file).read_all().to_batches():
+                for key, evaluation in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
+                    places = self._places[evaluation]
+                    places[key] = len(places)
+
+    def find(self, key: bytes, evaluation: bool) -> Known | None:
+        """The tokens of the row with this content, if it was on this side of the split."""
+        at = self._places[evaluation].get(key)
+        if at is None:
+            return None
+        row = self._rows[evaluation][at]
+        return Known(Tokens(row.input_ids, row.loss_mask), self._prompts[at] if evaluation else None)
+
+
+def comparable(earlier: PreparedDataset | None, tokenizer_digest: str, template_digest: str) -> Path | None:
+    """Where the earlier data set is, if its tokens are those that would be made now."""
+    if earlier is None or (earlier.tokenizer_digest, earlier.template_digest) != (tokenizer_digest, template_digest):
+        return None
+    return earlier.path if (earlier.path / KEYS_FILE).is_file() else None
