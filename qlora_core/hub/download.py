@@ -16,7 +16,8 @@ TIMEOUT_S = (10.0, 60.0)
 """To connect, and between two pieces of an answer."""
 ATTEMPTS = 5
 BUSY = (429, 500, 502, 503, 504)
-CHUNK_BYTES = 2**20
+CHUNK_BYTES = 2**16
+"""What is lost at most when the connection is cut."""
 REPORT_EVERY_S = 0.5
 
 
