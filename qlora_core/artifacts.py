@@ -7,7 +7,7 @@ Records are frozen and small; models and tensors never travel in them. The store
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 Scores = dict[str, float]
 """Metric name to value, one model."""
@@ -127,6 +127,12 @@ class MergeProof(Record):
     kl_divergence: float
     top1_agreement: float
     probe_tokens: int
+    losses: Scores = Field(default_factory=dict)
+    """Loss on the probe of `quantized_base_and_adapter`, `base_and_adapter` and `merged`, in nats."""
+    answers: int = 0
+    """Held-out prompts that a fresh process answered with plain transformers."""
+    stopped: int = 0
+    """How many of these answers ended by themselves."""
 
 
 class MergedModel(Artifact):
@@ -136,6 +142,20 @@ class MergedModel(Artifact):
     adapter_digest: str
     dtype: str
     proof: MergeProof
+
+
+class Interval(Record):
+    """Where a value lies with 95 % confidence."""
+
+    low: float
+    high: float
+
+
+Intervals = dict[str, Interval]
+"""Metric name to interval."""
+
+Differences = dict[Literal["base", "champion"], Intervals]
+"""Against whom, then metric name, to the interval of the candidate's score minus that model's."""
 
 
 class ModelScores(Artifact):
@@ -159,6 +179,7 @@ class EvaluationReport(Artifact):
     champion_digest: str | None
     data_digest: str
     rows: int
+    differences: Differences = Field(default_factory=dict)
 
 
 class GateResult(Record):
@@ -172,6 +193,8 @@ class GateResult(Record):
     """Where the rule draws the line: the reference moved by the tolerance."""
     required: str
     """The rule: `<= 0.3`, `> base`."""
+    significant: bool | None = None
+    """Whether the difference is beyond doubt (95 %); None if the gate did not ask."""
     passed: bool
     reason: str
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from torch.nn import functional
+from transformers import PreTrainedModel
 
 from qlora_core.errors import MergeError
 from qlora_core.modeling.device import compute_dtype, name_of
-from qlora_core.modeling.load import load_full
-from qlora_core.modeling.rows import TokenRows
+from qlora_core.modeling.rows import TokenRow, TokenRows
 
 PROBE_TOKENS = 512
 
@@ -30,7 +30,11 @@ class Agreement(NamedTuple):
 
 
 class Limits(NamedTuple):
-    """What rounding the weights once may cost."""
+    """What rounding the weights once may cost.
+
+    Ten times what SmolLM2-135M with a trained adapter showed (bf16: 0.012, 2e-4 nats, 99.4 %); adding the adapter at
+    nine tenths of its scale shows 2e-3 nats there.
+    """
 
     largest_share: float
     kl: float
@@ -38,38 +42,54 @@ class Limits(NamedTuple):
 
 
 LIMITS = {
-    torch.float32: Limits(largest_share=1e-3, kl=1e-5, top1=0.99),
-    torch.float16: Limits(largest_share=0.05, kl=2e-3, top1=0.95),
-    torch.bfloat16: Limits(largest_share=0.2, kl=2e-2, top1=0.90),
+    torch.float32: Limits(largest_share=1e-4, kl=1e-6, top1=0.99),
+    torch.float16: Limits(largest_share=1e-2, kl=1e-4, top1=0.98),
+    torch.bfloat16: Limits(largest_share=0.1, kl=2e-3, top1=0.95),
 }
 
 
-def read_probe(dataset: Path, tokens: int = PROBE_TOKENS) -> list[torch.Tensor]:
-    """The first held-out rows, each `[1, length]`, together at most `tokens` long."""
-    rows, probe = TokenRows(dataset / "evaluation.arrow"), []
-    for row in rows:
-        taken = row.input_ids[:tokens]
-        if len(taken):
-            probe.append(torch.tensor(taken, dtype=torch.long)[None])
-        tokens -= len(taken)
-    if not probe:
-        raise MergeError(
-            f"{dataset} has no evaluation rows, and the proof of a merge needs some; prepare the data again"
-        )
-    return probe
+def read_probe(dataset: Path, tokens: int = PROBE_TOKENS) -> list[TokenRow]:
+    """The first held-out rows that fit whole into a number of tokens, or the start of the first row if none does.
+
+    Raises:
+        MergeError: there are no held-out rows.
+    """
+    rows, chosen, left = TokenRows(dataset / "evaluation.arrow"), list[int](), tokens
+    if not len(rows):
+        raise MergeError(f"{dataset} has no held-out rows to compare predictions on; prepare the data again with some")
+    for index, length in enumerate(rows.lengths):
+        if length <= left:
+            chosen.append(index)
+            left -= length
+    first = rows[0]
+    whole = [rows[index] for index in chosen]
+    return whole or [TokenRow(first.row_id, first.input_ids[:tokens], first.loss_mask[:tokens])]
 
 
-def adapted_logits(
-    base: Path, adapter: Path, probe: Sequence[torch.Tensor], device: torch.device
-) -> list[torch.Tensor]:
-    """What the unquantized base with the adapter predicts: fp32 `[length, vocabulary]` for each row."""
-    model = PeftModel.from_pretrained(load_full(base, device), str(adapter), torch_device=str(device))
-    return _logits(model.eval(), probe, device)
+@torch.inference_mode()
+def predict(model: PreTrainedModel | PeftModel, probe: Sequence[TokenRow]) -> list[torch.Tensor]:
+    """Logits after every token of each row: fp32 `[length, vocabulary]`, in memory of the CPU."""
+    ids = [torch.from_numpy(row.input_ids.astype("int64")).to(model.device)[None] for row in probe]
+    return [model(input_ids=row, use_cache=False).logits[0].float().cpu() for row in ids]
 
 
-def merged_logits(merged: Path, probe: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    """What the merged model predicts: fp32 `[length, vocabulary]` for each row."""
-    return _logits(load_full(merged, device), probe, device)
+def with_adapter(model: PreTrainedModel, adapter: Path) -> PeftModel:
+    """The model with the adapter on it through PEFT, ready for inference."""
+    adapted = PeftModel.from_pretrained(model, str(adapter), torch_device=str(model.device))
+    assert isinstance(adapted, PeftModel)
+    adapted.eval()
+    return adapted
+
+
+def mean_loss(logits: Sequence[torch.Tensor], probe: Sequence[TokenRow]) -> float:
+    """Mean cross entropy over the tokens that carry loss, in nats; NaN if none does."""
+    loss, tokens = 0.0, 0
+    for predicted, row in zip(logits, probe, strict=True):
+        trained = torch.from_numpy(row.loss_mask[1:].astype(bool))
+        targets = torch.from_numpy(row.input_ids[1:].astype("int64"))[trained]
+        loss += float(functional.cross_entropy(predicted[:-1][trained], targets, reduction="sum"))
+        tokens += len(targets)
+    return loss / tokens if tokens else float("nan")
 
 
 def agree(expected: Sequence[torch.Tensor], merged: Sequence[torch.Tensor]) -> Agreement:
@@ -105,8 +125,3 @@ def check(agreement: Agreement, stored: torch.dtype, device: torch.device) -> No
             f"proof of the merge: the merged model does not predict what base + adapter predict in {name_of(dtype)}: "
             + "; ".join(failures)
         )
-
-
-@torch.inference_mode()
-def _logits(model: torch.nn.Module, probe: Sequence[torch.Tensor], device: torch.device) -> list[torch.Tensor]:
-    return [model(input_ids=row.to(device), use_cache=False).logits[0].float().cpu() for row in probe]

@@ -8,20 +8,37 @@ from qlora_core.errors import MergeError
 from qlora_core.events import Report
 from qlora_core.merging.spec import KEEP, MODEL, PROOF, VERSION, MergeSpec
 from qlora_core.process import run_child
-from qlora_core.recipe import MergeRecipe
+from qlora_core.recipe import MergeRecipe, Quantization
 from qlora_core.store import sha256_of_json, write_atomically
 
-ENTRY = "qlora_core.merging.worker:work"
+MERGE = "qlora_core.merging.worker:work"
+RELOAD = "qlora_core.merging.reload:work"
 OWNER = "merge-of.json"
 
 
 def merge(
-    recipe: MergeRecipe, base: ModelSnapshot, adapter: Adapter, dataset: PreparedDataset, into: Path, report: Report
+    recipe: MergeRecipe,
+    base: ModelSnapshot,
+    adapter: Adapter,
+    dataset: PreparedDataset,
+    into: Path,
+    report: Report,
+    trained_on: Quantization | None = None,
 ) -> MergedModel:
     """Write `into/model`, the base with the adapter added into its weights, and prove that it is what it should be.
 
-    The work runs in a child process below `into/child`. What an interrupted attempt left is written anew; the same
-    input gives the same bytes on every run and any number of threads.
+    The work runs in a child process, and a second one then loads the result with plain transformers. What an
+    interrupted attempt left is written anew; the same input gives the same bytes on every run and any number of
+    threads.
+
+    Args:
+        recipe: output dtype and shard size.
+        base: the unquantized model that the adapter was trained on.
+        adapter: in PEFT's format.
+        dataset: its held-out rows are what predictions are compared on.
+        into: work directory of this merge alone.
+        report: hears progress and notes.
+        trained_on: how the base was quantized while training; given, the loss in that form is measured as well.
 
     Returns:
         The merged model, its `path` still `into`; `KEEP` says which of the files there belong to it.
@@ -33,10 +50,11 @@ def merge(
     """
     _refuse_another_base(base, adapter)
     _refuse_quantized(base)
-    spec = MergeSpec(recipe=recipe, base=base, adapter=adapter, dataset=dataset, into=into)
+    spec = MergeSpec(recipe=recipe, base=base, adapter=adapter, dataset=dataset, into=into, trained_on=trained_on)
     _own(into, spec)
-    record = run_child(ENTRY, spec, into / "child", report)
-    return MergedModel.model_validate({**record, "path": into})
+    record = run_child(MERGE, spec, into / "child", report)
+    seen = run_child(RELOAD, spec, into / "reload", report)
+    return MergedModel.model_validate({**record, "path": into, "proof": {**record["proof"], **seen}})
 
 
 def _refuse_another_base(base: ModelSnapshot, adapter: Adapter) -> None:

@@ -5,9 +5,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
-from qlora_core.modeling.tokenizer import load_tokenizer
+from qlora_core.modeling.tokenizer import end_of_turn_id, load_tokenizer
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
@@ -17,7 +15,6 @@ NOT_COPIED_SUFFIXES = frozenset(
 NOT_COPIED_NAMES = frozenset(
     {CONFIG, GENERATION, "manifest.json", "README.md", "quantize_config.json", "quantization_config.json"}
 )
-ANSWER = "An answer."
 
 
 def write_serving_files(base: Path, model: Path, dtype: str | None) -> None:
@@ -36,16 +33,6 @@ def write_serving_files(base: Path, model: Path, dtype: str | None) -> None:
     config = json.loads((base / CONFIG).read_text())
     _write(model / CONFIG, _with_dtype(config, dtype))
     _write(model / GENERATION, _generation(base, config))
-
-
-def turn_end_token(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The id of the special token that the chat template puts right after an answer, None if there is none."""
-    if not tokenizer.chat_template:
-        return None
-    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": ANSWER}]
-    text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-    ids = tokenizer(text.rpartition(ANSWER)[2], add_special_tokens=False)["input_ids"]
-    return next((token for token in ids if token in tokenizer.all_special_ids), None)
 
 
 def _is_weights_or_ours(name: Path) -> bool:
@@ -68,7 +55,7 @@ def _generation(base: Path, config: dict[str, Any]) -> dict[str, Any]:
     settings = json.loads(file.read_text()) if file.is_file() else {"bos_token_id": config.get("bos_token_id")}
     known = settings.get("eos_token_id", config.get("eos_token_id"))
     stops = [known] if isinstance(known, int) else list(known or ())
-    stops += [token for token in (turn_end_token(tokenizer), tokenizer.eos_token_id) if token is not None]
+    stops += [token for token in (end_of_turn_id(tokenizer), tokenizer.eos_token_id) if token is not None]
     stops = list(dict.fromkeys(stops))
     settings["eos_token_id"] = stops[0] if len(stops) == 1 else stops
     settings.setdefault("pad_token_id", tokenizer.pad_token_id)

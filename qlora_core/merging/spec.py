@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset, Record
-from qlora_core.recipe import MergeRecipe
+from qlora_core.recipe import MergeRecipe, Quantization
 
 VERSION = 1
 """Raised when merging makes something else from the same input."""
@@ -26,3 +26,5 @@ class MergeSpec(Record):
     adapter: Adapter
     dataset: PreparedDataset
     into: Path
+    trained_on: Quantization | None = None
+    """How the base was held while the adapter was trained; None does not measure that loss."""

@@ -2,23 +2,27 @@
 
 import json
 from collections.abc import Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_core.artifacts import MergedModel, MergeProof, TensorChange
+from qlora_core.artifacts import MergedModel, MergeProof, Scores, TensorChange
 from qlora_core.errors import MergeError
 from qlora_core.events import Note, Report
 from qlora_core.merging.adapter import read_changes
+from qlora_core.merging.card import write_card
 from qlora_core.merging.compare import compare
-from qlora_core.merging.logits import Agreement, adapted_logits, agree, check, merged_logits, read_probe
+from qlora_core.merging.logits import Agreement, agree, check, mean_loss, predict, read_probe, with_adapter
 from qlora_core.merging.plot import plot_changes
 from qlora_core.merging.serving import write_serving_files
 from qlora_core.merging.spec import MODEL, PROOF, MergeSpec
 from qlora_core.merging.tensors import lay_out, read_folder, write_index
 from qlora_core.merging.write import write_shards
 from qlora_core.modeling.device import pick_device
+from qlora_core.modeling.load import load_full, load_quantized
+from qlora_core.modeling.rows import TokenRow
 from qlora_core.modeling.tokenizer import load_tokenizer, tokenizer_digest
 from qlora_core.store import discard
 
@@ -34,10 +38,13 @@ def work(spec: dict[str, Any], report: Report) -> MergedModel:
     task = MergeSpec.model_validate(spec)
     _check_vocabulary(task)
     changed = write_model(task, report)
-    report(Note(message=f"{len(changed)} tensors changed, every other one is the base's; comparing predictions"))
-    agreement, probe_tokens = _compare_predictions(task)
-    _write_proof(changed, task.into / PROOF)
     tensors = len(read_folder(task.into / MODEL))
+    report(Note(message=f"{len(changed)} of {tensors} tensors changed, every other one is the base's"))
+    probe = read_probe(task.dataset.path)
+    agreement, losses = _compare_predictions(task, probe)
+    report(Note(message=", ".join(f"loss of {name.replace('_', ' ')} {loss:.4f}" for name, loss in losses.items())))
+    write_card(task, len(changed), tensors, _stored_dtype(task))
+    _write_proof(changed, task.into / PROOF)
     return MergedModel(
         path=task.into,
         base_digest=task.base.digest,
@@ -45,18 +52,23 @@ def work(spec: dict[str, Any], report: Report) -> MergedModel:
         dtype=_stored_dtype(task),
         proof=MergeProof(
             tensors=tensors,
-            changed=tuple(changed),
+            changed=changed,
             unchanged=tensors - len(changed),
             largest_logit_difference=agreement.largest,
             kl_divergence=agreement.kl,
             top1_agreement=agreement.top1,
-            probe_tokens=probe_tokens,
+            probe_tokens=sum(len(row.input_ids) for row in probe),
+            losses=losses,
         ),
     )
 
 
 def write_model(task: MergeSpec, report: Report) -> tuple[TensorChange, ...]:
-    """Write the folder of the merged model anew and say how far each changed tensor moved."""
+    """Write the folder of the merged model anew and say how far each changed tensor moved.
+
+    Raises:
+        MergeError: the adapter does not fit, the base is damaged, the disk is full, or a tensor is not as it should be.
+    """
     folder, threads = task.into / MODEL, torch.get_num_threads()
     discard(folder)
     folder.mkdir(parents=True)
@@ -86,12 +98,22 @@ def _check_vocabulary(task: MergeSpec) -> None:
         )
 
 
-def _compare_predictions(task: MergeSpec) -> tuple[Agreement, int]:
-    device, probe = pick_device(), read_probe(task.dataset.path)
-    expected = adapted_logits(task.base.path, task.adapter.path, probe, device)
-    agreement = agree(expected, merged_logits(task.into / MODEL, probe, device))
+def _compare_predictions(task: MergeSpec, probe: Sequence[TokenRow]) -> tuple[Agreement, Scores]:
+    """Merged against base + adapter, and the loss of each; one model is in memory at a time.
+
+    Raises:
+        MergeError: they differ by more than rounding explains.
+    """
+    device, adapter = pick_device(), task.adapter.path
+    expected = predict(with_adapter(load_full(task.base.path, device), adapter), probe)
+    merged = predict(load_full(task.into / MODEL, device), probe)
+    agreement = agree(expected, merged)
     check(agreement, getattr(torch, _stored_dtype(task)), device)
-    return agreement, sum(row.shape[1] for row in probe)
+    losses = {"base_and_adapter": mean_loss(expected, probe), "merged": mean_loss(merged, probe)}
+    if task.trained_on is not None:
+        trained = predict(with_adapter(load_quantized(task.base.path, device, task.trained_on), adapter), probe)
+        losses = {"quantized_base_and_adapter": mean_loss(trained, probe), **losses}
+    return agreement, {name: loss for name, loss in losses.items() if isfinite(loss)}
 
 
 def _stored_dtype(task: MergeSpec) -> str:

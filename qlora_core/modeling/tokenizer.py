@@ -8,6 +8,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from qlora_core.errors import SourceError
 from qlora_core.store import sha256_of_json
 
+_ANSWER = "An answer."
+
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The folder's fast tokenizer, padding on the right; a missing pad token becomes the end of text.
@@ -25,6 +27,16 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def end_of_turn_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token that the chat template puts right after an assistant's words, None if there is none."""
+    if not tokenizer.chat_template:
+        return None
+    turns = [{"role": "user", "content": "A question."}, {"role": "assistant", "content": _ANSWER}]
+    after = str(tokenizer.apply_chat_template(turns, tokenize=False)).rpartition(_ANSWER)[2]
+    ids: list[int] = tokenizer(after.lstrip(), add_special_tokens=False)["input_ids"]
+    return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast) -> str:

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
 from qlora_core.merging.spec import MergeSpec
 from qlora_core.modeling.load import read_architecture
-from qlora_core.modeling.rows import TokenRow, write_token_rows
+from qlora_core.modeling.rows import PromptRow, TokenRow, write_prompts, write_token_rows
 from qlora_core.modeling.tokenizer import load_tokenizer, template_digest, tokenizer_digest
 from qlora_core.recipe import MergeRecipe
 
@@ -59,7 +59,7 @@ def make_model(family: str, dtype: torch.dtype = torch.float32, hidden: int = 32
     settings = {
         "vocab_size": VOCABULARY,
         "hidden_size": hidden,
-        "intermediate_size": 48,
+        "intermediate_size": 2 * hidden,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -119,6 +119,9 @@ def save_rows(folder: Path, tokenizer_folder: Path) -> PreparedDataset:
     ]
     write_token_rows(folder / "evaluation.arrow", rows)
     tokenizer = load_tokenizer(tokenizer_folder)
+    prompt = "<|im_start|>user\nA question.<|im_end|>\n<|im_start|>assistant\n"
+    ids = tokenizer(prompt)["input_ids"]
+    write_prompts(folder / "prompts.arrow", [PromptRow(f"row-{n}", ids, prompt, "An answer.") for n in range(3)])
     return PreparedDataset(
         path=folder,
         digest="d" * 64,

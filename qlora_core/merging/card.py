@@ -1,0 +1,71 @@
+"""The model card: what a person needs to know before running the merged model."""
+
+import re
+from pathlib import Path
+
+from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
+from qlora_core.merging.spec import MergeSpec
+
+CARD = "README.md"
+
+
+def write_card(task: MergeSpec, changed: int, tensors: int, dtype: str) -> None:
+    """Write the card from the records alone, so that the same merge gives the same card."""
+    card = f"""{_front_matter(task.base)}
+# A fine-tune of {task.base.source}
+
+A LoRA adapter of rank {task.adapter.rank} was trained with QLoRA on the quantized base and added into the unquantized
+one: {changed} of {tensors} tensors changed, every other one is the base's, byte for byte or cast. Weights are {dtype}.
+
+## How to run it
+
+```python
+from transformers import pipeline
+
+chat = pipeline("text-generation", model=".", dtype="auto", device_map="auto")
+print(chat([{{"role": "user", "content": "..."}}], max_new_tokens=256, return_full_text=False)[0]["generated_text"])
+```
+
+`transformers serve .` answers in OpenAI's chat form.
+
+## Where it comes from
+
+| what | which | digest (SHA-256) |
+|---|---|---|
+| base | {task.base.source}, revision {task.base.revision} | `{task.base.digest}` |
+| data | {_data(task.dataset)} | `{task.dataset.digest}` |
+| adapter | rank {task.adapter.rank}, {task.adapter.trainable_parameters:,} parameters | `{task.adapter.digest}` |
+
+## Training
+
+{_training(task.adapter, task.dataset)}
+
+Compare with the base and with earlier versions in the evaluation report before use. Limits, biases and licence are
+those of the base and of the data.
+"""
+    (task.into / "model" / CARD).write_text(card, encoding="utf-8")
+
+
+def _front_matter(base: ModelSnapshot) -> str:
+    license_line = f"license: {name}\n" if (name := _license(base.path / CARD)) else ""
+    return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\n{license_line}tags: [qlora, lora]\n---\n"
+
+
+def _license(card: Path) -> str | None:
+    """What the base's own card declares, if it has one."""
+    if not card.is_file():
+        return None
+    found = re.search(r"\A---\n.*?^license: *([\w.-]+) *$.*?^---$", card.read_text(encoding="utf-8"), re.M | re.S)
+    return found[1] if found else None
+
+
+def _data(dataset: PreparedDataset) -> str:
+    return f"{dataset.train_rows:,} rows to train on, {dataset.evaluation_rows:,} held out"
+
+
+def _training(adapter: Adapter, dataset: PreparedDataset) -> str:
+    dropped = ", ".join(f"{count:,} {reason}" for reason, count in sorted(dataset.dropped.items()) if count)
+    return f"""- {adapter.steps:,} optimizer steps; loss {adapter.train_loss:.4f} on training rows at the end
+- loss {adapter.evaluation_loss:.4f} on the held-out rows (quantized base with the adapter)
+- {dataset.trained_tokens:,} of {dataset.train_tokens:,} training tokens carry loss
+- rows left out: {dropped or "none"}"""
