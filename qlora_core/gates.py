@@ -1,21 +1,35 @@
-"""Whether a candidate may become champion: a pure function of scores and rules."""
+"""Whether a candidate may become champion: a pure function of scores, their intervals and rules."""
 
 import math
 from collections.abc import Sequence
 from typing import Literal
 
-from qlora_core.artifacts import LOWER_IS_BETTER, GateResult, PromotionDecision, Scores
+from qlora_core.artifacts import LOWER_IS_BETTER, Differences, GateResult, Interval, PromotionDecision, Scores
 from qlora_core.recipe import Gate
 
 Against = Literal["base", "champion", "threshold"]
 
 
-def decide(gates: Sequence[Gate], candidate: Scores, base: Scores, champion: Scores | None) -> PromotionDecision:
+def decide(
+    gates: Sequence[Gate],
+    candidate: Scores,
+    base: Scores,
+    champion: Scores | None,
+    differences: Differences | None = None,
+) -> PromotionDecision:
     """Ask every gate. A missing metric fails its gate; a gate against a champion that does not exist passes.
 
     All scores must come from the same rows; the caller evaluates the champion again when they do not.
+
+    Args:
+        gates: the rules, in the order in which they are reported.
+        candidate: its scores.
+        base: the base model's.
+        champion: those of the model that serves now, if there is one.
+        differences: intervals of the candidate's scores minus the others', for gates that ask for significance.
     """
-    results = tuple(_ask(gate, candidate, base, champion) for gate in gates)
+    known = differences or {}
+    results = tuple(_ask(gate, candidate, base, champion, known) for gate in gates)
     failed = [result for result in results if not result.passed]
     if failed:
         names = ", ".join(f"{result.metric} against {_name(result)}" for result in failed)
@@ -26,13 +40,15 @@ def decide(gates: Sequence[Gate], candidate: Scores, base: Scores, champion: Sco
     return PromotionDecision(promote=not failed, gates=results, reason=reason)
 
 
-def _ask(gate: Gate, candidate: Scores, base: Scores, champion: Scores | None) -> GateResult:
+def _ask(gate: Gate, candidate: Scores, base: Scores, champion: Scores | None, differences: Differences) -> GateResult:
     if gate.threshold is not None:
-        return _judge(gate, "threshold", candidate, gate.threshold)
+        return _judge(gate, "threshold", candidate, gate.threshold, None)
     if gate.against == "base":
-        return _judge(gate, "base", candidate, base.get(gate.metric))
+        interval = differences.get("base", {}).get(gate.metric)
+        return _judge(gate, "base", candidate, base.get(gate.metric), interval)
     if champion is not None:
-        return _judge(gate, "champion", candidate, champion.get(gate.metric))
+        interval = differences.get("champion", {}).get(gate.metric)
+        return _judge(gate, "champion", candidate, champion.get(gate.metric), interval)
     return GateResult(
         metric=gate.metric,
         against="champion",
@@ -44,14 +60,26 @@ def _ask(gate: Gate, candidate: Scores, base: Scores, champion: Scores | None) -
     )
 
 
-def _judge(gate: Gate, against: Against, candidate: Scores, reference: float | None) -> GateResult:
+def _judge(
+    gate: Gate, against: Against, candidate: Scores, reference: float | None, interval: Interval | None
+) -> GateResult:
     value = candidate.get(gate.metric)
     lower = (gate.direction or ("lower" if gate.metric in LOWER_IS_BETTER else "higher")) == "lower"
     strict = against != "threshold" and gate.tolerance == 0
     sign = ("<" if lower else ">") + ("" if strict else "=")
     limit = None if reference is None else reference + abs(reference) * gate.tolerance * (1 if lower else -1)
-    passed = value is not None and limit is not None and _passes(value, limit, lower, strict)
     required = f"{sign} {against}" if limit is None else f"{sign} {limit:.4g}"
+    passed, significant = False, None
+    if value is None or reference is None or limit is None:
+        missing = "the candidate" if value is None else f"the {against}"
+        reason = f"{missing} has no score named {gate.metric}; add its metric to evaluation.metrics"
+    else:
+        passed = _passes(value, limit, lower, strict)
+        reason = _explain(gate, against, value, reference, required, passed)
+        if gate.significant and passed:
+            worst = math.nan if interval is None else reference + (interval.high if lower else interval.low)
+            significant = passed = _passes(worst, limit, lower, strict)
+            reason += _doubt(interval, significant)
     return GateResult(
         metric=gate.metric,
         against=against,
@@ -59,8 +87,9 @@ def _judge(gate: Gate, against: Against, candidate: Scores, reference: float | N
         reference=reference,
         limit=limit,
         required=required,
+        significant=significant,
         passed=passed,
-        reason=_explain(gate, against, value, reference, required, passed),
+        reason=reason,
     )
 
 
@@ -73,20 +102,19 @@ def _passes(value: float, limit: float, lower: bool, strict: bool) -> bool:
     return (value < limit) == lower
 
 
-def _explain(
-    gate: Gate, against: Against, value: float | None, reference: float | None, required: str, passed: bool
-) -> str:
-    if value is None or reference is None:
-        missing = "the candidate" if value is None else f"the {against}"
-        return f"{missing} has no score named {gate.metric}; add its metric to evaluation.metrics"
+def _explain(gate: Gate, against: Against, value: float, reference: float, required: str, passed: bool) -> str:
     if not math.isfinite(value):
         return f"the candidate's score is {value}, which no gate accepts"
-    origin = "" if against == "threshold" else f" ({_allowance(gate)}the {against}'s {reference:.4g})"
+    allowance = f"within {100 * gate.tolerance:g} % of " if gate.tolerance else ""
+    origin = "" if against == "threshold" else f" ({allowance}the {against}'s {reference:.4g})"
     return f"{value:.4g} {'meets' if passed else 'does not meet'} {required}{origin}"
 
 
-def _allowance(gate: Gate) -> str:
-    return f"within {100 * gate.tolerance:g} % of " if gate.tolerance else ""
+def _doubt(interval: Interval | None, significant: bool) -> str:
+    if interval is None:
+        return ", but nothing says how sure that is: this score has no interval over rows"
+    word = "significantly" if significant else "but not significantly"
+    return f", {word} (95 % interval of the difference {interval.low:+.3g} to {interval.high:+.3g})"
 
 
 def _name(result: GateResult) -> str:

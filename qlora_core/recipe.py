@@ -63,6 +63,8 @@ class HubSource(Part):
     """A branch, tag or commit; `null` is the hub's default branch."""
     file: str | None = None
     """For data: the one file to read; `null` takes every data file of the repository."""
+    alternatives: tuple["HubSource", ...] = ()
+    """The same thing in other places, tried in this order when this one is not there or cannot be reached."""
 
 
 Source = Annotated[PackageSource | LocalSource | HubSource, Field(discriminator="source")]
@@ -163,6 +165,9 @@ class EvaluationRecipe(Part):
     metrics: tuple[str, ...] = ("loss",)
     """Names from the table in `evaluation/metrics.py`: `loss`, `forgetting`, `exact_match`, `tool_call`, ..."""
     max_rows: Annotated[int, Field(ge=1)] | None = None
+    """A sample of the evaluation rows, drawn by the seed; `null` takes all."""
+    json_schema: dict[str, Any] | None = None
+    """What the metric `json_schema` holds answers against."""
     generation: Generation = Generation()
 
 
@@ -176,6 +181,14 @@ class Gate(Part):
     """How much worse than `against` is still accepted, as a share of its value; 0 asks for strictly better."""
     direction: Literal["lower", "higher"] | None = None
     """Which way is better; `null` asks the table of metrics."""
+    significant: bool = False
+    """Pass only if the rule holds at the worse end of the 95 % interval of the difference to `against`."""
+
+    @model_validator(mode="after")
+    def _significant_against_a_model(self) -> Self:
+        if self.significant and self.against is None:
+            raise PydanticCustomError("gate_significant", "`significant` needs `against: base | champion`")
+        return self
 
     @model_validator(mode="after")
     def _one_reference(self) -> Self:

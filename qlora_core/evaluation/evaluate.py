@@ -2,16 +2,25 @@
 
 from pathlib import Path
 
-from qlora_core.artifacts import EvaluationReport, ModelScores, PreparedDataset, PromotionDecision
+from qlora_core.artifacts import (
+    Differences,
+    EvaluationReport,
+    Intervals,
+    ModelScores,
+    PreparedDataset,
+    PromotionDecision,
+)
 from qlora_core.errors import EvaluationError
+from qlora_core.evaluation.bootstrap import interval_of_difference
 from qlora_core.evaluation.metrics import find_metrics, known_metrics
 from qlora_core.evaluation.records import EvaluationSpec, ReportContext
+from qlora_core.evaluation.scored import FILES, read_rows, row_sums
 from qlora_core.events import Report
 from qlora_core.process import run_child
 from qlora_core.recipe import EvaluationRecipe
 
 VERSION = 1
-KEEP = ("rows.jsonl", "answers.jsonl")
+KEEP = FILES
 """What belongs to the scores of a model; the child's own folder does not."""
 
 
@@ -26,7 +35,8 @@ def evaluate(
 ) -> ModelScores:
     """Score a model in full precision on the data set's evaluation rows.
 
-    Writes `rows.jsonl` (loss of each row) and, when a metric looks at answers, `answers.jsonl`.
+    The loss is always scored; what else is, the recipe's metrics say. `into` gets one file of JSON lines for the
+    losses, one for the answers if a metric looks at them, and so on (see `scored.py`).
 
     Raises:
         RecipeError: the recipe names a metric that does not exist.
@@ -39,6 +49,20 @@ def evaluate(
     )
     record = run_child("qlora_core.evaluation.worker:run", spec, into / "child", report)
     return ModelScores.model_validate(record)
+
+
+def differences(base: ModelScores, candidate: ModelScores, champion: ModelScores | None) -> Differences:
+    """By model and score: the 95 % interval of the candidate's minus that model's, by paired bootstrap over rows.
+
+    Scores that are not sums over rows, such as times, have none.
+
+    Raises:
+        EvaluationError: the models were not scored on the same rows.
+    """
+    found: Differences = {"base": _intervals(candidate, base, "base")}
+    if champion is not None:
+        found["champion"] = _intervals(candidate, champion, "champion")
+    return found
 
 
 def compare(
@@ -57,14 +81,6 @@ def compare(
     """
     from qlora_core.evaluation.report import write_report  # matplotlib takes a second to import
 
-    models = {"base": base, "candidate": candidate} | ({"champion": champion} if champion else {})
-    for name, scores in models.items():
-        if (scores.data_digest, scores.seed, scores.rows) != (dataset.digest, candidate.seed, candidate.rows):
-            raise EvaluationError(
-                f"the {name} was scored on {scores.rows} rows of data {scores.data_digest[:12]} (seed {scores.seed}), "
-                f"the candidate on {candidate.rows} rows of {dataset.digest[:12]} (seed {candidate.seed}); "
-                "scores compare only on the same rows, evaluate it again"
-            )
     report = EvaluationReport(
         path=into,
         base=base.scores,
@@ -75,9 +91,22 @@ def compare(
         champion_digest=champion.model_digest if champion else None,
         data_digest=dataset.digest,
         rows=candidate.rows,
+        differences=differences(base, candidate, champion),
     )
+    models = {"base": base, "candidate": candidate} | ({"champion": champion} if champion else {})
     write_report(report, models, decision, dataset, context, into)
     return report
 
 
-__all__ = ["KEEP", "VERSION", "ReportContext", "compare", "evaluate", "known_metrics"]
+def _intervals(candidate: ModelScores, other: ModelScores, name: str) -> Intervals:
+    if (other.data_digest, other.seed, other.rows) != (candidate.data_digest, candidate.seed, candidate.rows):
+        raise EvaluationError(
+            f"the {name} was scored on {other.rows} rows of data {other.data_digest[:12]} (seed {other.seed}), "
+            f"the candidate on {candidate.rows} rows of {candidate.data_digest[:12]} (seed {candidate.seed}); "
+            "scores compare only on the same rows, evaluate it again"
+        )
+    ours, theirs = row_sums(read_rows(candidate.path)), row_sums(read_rows(other.path))
+    return {score: interval_of_difference(ours[score], theirs[score]) for score in ours if score in theirs}
+
+
+__all__ = ["KEEP", "VERSION", "ReportContext", "compare", "differences", "evaluate", "known_metrics"]

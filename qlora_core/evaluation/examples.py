@@ -1,12 +1,12 @@
 """Which answers a report shows, side by side."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from statistics import fmean
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from qlora_core.artifacts import Record
-from qlora_core.evaluation.records import ScoredAnswer
+from qlora_core.evaluation.metrics import describe
+from qlora_core.evaluation.scored import ScoredAnswer
 
 LONGEST_TEXT_CHARACTERS = 480
 
@@ -19,50 +19,56 @@ class Example(Record):
     """The last thing that the user said."""
     expected: str
     answers: dict[str, str]
-    right: dict[str, bool]
-    """Whether each model's answer is fully right by the recipe's own metrics."""
+    """By model."""
+    quality: dict[str, float]
+    """By model, 0 to 1: the mean of the recipe's metrics on this answer."""
     change: Literal["gained", "lost", "same"]
 
 
-def read_answers(folder: Path) -> list[ScoredAnswer]:
-    """The answers of one model; none if no metric asked for any."""
-    path = folder / "answers.jsonl"
-    if not path.is_file():
-        return []
-    return [ScoredAnswer.model_validate_json(line) for line in path.read_text(encoding="utf-8").splitlines()]
+class Comparison(NamedTuple):
+    """How the candidate's answers differ from its rival's: the champion's, or the base's if there is no champion."""
+
+    rival: Literal["base", "champion"]
+    better: int
+    worse: int
+    rows: int
+    examples: list[Example]
 
 
-def choose_examples(answers: Mapping[str, Sequence[ScoredAnswer]], most: int) -> list[Example]:
-    """The candidate's worst changes first, then what it gained, then what stayed; at most a quarter are losses.
+def compare_answers(answers: Mapping[str, Sequence[ScoredAnswer]], most: int) -> Comparison:
+    """Count where candidate and rival disagree, and pick examples: the worst losses first, then gains, then the rest.
 
     Args:
         answers: by model, `base` and `candidate` at least, all of the same prompts in the same order.
-        most: how many examples at most.
+        most: how many examples at most; half of them losses if there are that many.
     """
-    grouped = [dict(zip(answers, row, strict=True)) for row in zip(*answers.values(), strict=True)]
-    ranked = sorted(grouped, key=_gain)
-    lost = [row for row in ranked if _gain(row) < 0][: max(1, most // 4)]
-    gained = [row for row in reversed(ranked) if _gain(row) > 0]
-    same = [row for row in ranked if _gain(row) == 0]
-    return [_example(row) for row in (*lost, *gained[: most - len(lost) - min(2, len(same))], *same)][:most]
+    rival: Literal["base", "champion"] = "champion" if "champion" in answers else "base"
+    rows = [dict(zip(answers, row, strict=True)) for row in zip(*answers.values(), strict=True)]
+    gains = [_quality(row["candidate"]) - _quality(row[rival]) for row in rows]
+    order = sorted(range(len(rows)), key=gains.__getitem__)
+    lost = [index for index in order if gains[index] < 0]
+    gained = [index for index in reversed(order) if gains[index] > 0]
+    same = [index for index in order if gains[index] == 0]
+    losses = min(len(lost), max(most // 2, most - len(gained) - len(same)))
+    gains_shown = max(0, most - losses - min(2, len(same)))
+    chosen = [*lost[:losses], *gained[:gains_shown], *same][:most]
+    examples = [_example(rows[index], gains[index]) for index in chosen]
+    return Comparison(rival, len(gained), len(lost), len(rows), examples)
 
 
 def _quality(answer: ScoredAnswer) -> float:
-    return fmean(answer.metrics.values()) if answer.metrics else 0.0
+    shares = [value for name, value in answer.metrics.items() if describe(name).unit == "share"]
+    return fmean(shares or answer.metrics.values() or [0.0])
 
 
-def _gain(row: Mapping[str, ScoredAnswer]) -> float:
-    return _quality(row["candidate"]) - _quality(row["base"])
-
-
-def _example(row: Mapping[str, ScoredAnswer]) -> Example:
-    gain, any_answer = _gain(row), row["candidate"]
+def _example(row: Mapping[str, ScoredAnswer], gain: float) -> Example:
+    any_answer = row["candidate"]
     return Example(
         row_id=any_answer.row_id,
         question=_shorten(any_answer.question),
         expected=_shorten(any_answer.expected),
         answers={name: _shorten(answer.answer) for name, answer in row.items()},
-        right={name: _quality(answer) == 1 for name, answer in row.items()},
+        quality={name: _quality(answer) for name, answer in row.items()},
         change="gained" if gain > 0 else "lost" if gain < 0 else "same",
     )
 

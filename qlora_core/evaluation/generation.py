@@ -52,17 +52,17 @@ def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) 
     """Token ids that end an answer: the end of text of model and tokenizer, and what the chat template writes."""
     configured = model.generation_config.eos_token_id
     ids = {configured} if isinstance(configured, int) else set(configured or ())
-    ids |= {tokenizer.eos_token_id, _end_of_turn_in_template(tokenizer)}
+    ids |= {tokenizer.eos_token_id, template_end_id(tokenizer)}
     return frozenset(token for token in ids if token is not None)
 
 
-def _end_of_turn_in_template(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The special token that the template puts right after an assistant's words, if there is one."""
+def template_end_id(tokenizer: PreTrainedTokenizerFast) -> int | None:
+    """The special token that the chat template puts right after an assistant's words, if there is one."""
     if tokenizer.chat_template is None:
         return None
     turns = [{"role": "user", "content": "question"}, {"role": "assistant", "content": _MARK}]
     after = tokenizer.apply_chat_template(turns, tokenize=False).rpartition(_MARK)[2].lstrip()
-    ids = tokenizer(after, add_special_tokens=False)["input_ids"]
+    ids: list[int] = tokenizer(after, add_special_tokens=False)["input_ids"]
     return ids[0] if ids and ids[0] in tokenizer.added_tokens_decoder else None
 
 

@@ -1,26 +1,37 @@
 """The table of metrics: what a recipe may name, what each needs, and the scores that it gives.
 
-Task metrics look at one answer and the text that was expected, and say one number per score and row; a model's score
+Most metrics look at one answer and the text that was expected, and say one number per score and row; a model's score
 is the mean over rows. `expected` of a tool call is `{"name": ..., "arguments": {...}}`.
+
+A package of one's own adds a metric by an entry point in the group `qlora_flows.metrics`: its name is the metric's, and
+it loads a function `(expected, answer)` that returns a mapping of score names to numbers.
 """
 
 import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, NamedTuple
 
-from qlora_core.errors import RecipeError
+from qlora_core.errors import EvaluationError, RecipeError
+from qlora_core.recipe import EvaluationRecipe
 
+ENTRY_POINTS = "qlora_flows.metrics"
+
+Need = Literal["loss", "forgetting", "answers", "choices", "latency"]
 RowScores = dict[str, float]
+AnswerScorer = Callable[[str, str], RowScores]
+"""`(expected, answer)` to one value per score."""
 
 
 class Metric(NamedTuple):
     """One name that `evaluation.metrics` may hold."""
 
-    needs: Literal["loss", "forgetting", "answers"]
+    needs: Need
     scores: tuple[str, ...]
-    score_answer: Callable[[str, str], RowScores] | None = None
-    """`(expected, answer)` to one value per score, for metrics that need answers."""
+    """Names of its scores; empty if only its answers tell."""
+    make: Callable[[EvaluationRecipe], AnswerScorer] | None = None
+    """For metrics that need answers: what scores them."""
 
 
 class Score(NamedTuple):
@@ -41,9 +52,16 @@ SCORES: dict[str, Score] = {
     "exact_call": Score("Exact tool calls", "share"),
     "exact_match": Score("Exact answers", "share"),
     "json_valid": Score("Valid JSON", "share"),
+    "schema_valid": Score("Fits the JSON schema", "share"),
+    "choice_accuracy": Score("Right choice most likely", "share"),
+    "rouge_1": Score("ROUGE-1", "share"),
+    "rouge_2": Score("ROUGE-2", "share"),
+    "rouge_l": Score("ROUGE-L", "share"),
+    "bleu": Score("BLEU"),
     "stops_by_itself": Score("Answers that end by themselves", "share"),
     "answer_tokens": Score("Answer length in tokens", lower_is_better=None),
     "generation_tokens_per_s": Score("Generated tokens per second", lower_is_better=None),
+    "latency_s": Score("Seconds for one answer", lower_is_better=True),
 }
 
 
@@ -53,8 +71,8 @@ def describe(score: str) -> Score:
 
 
 def known_metrics() -> tuple[str, ...]:
-    """Every name that `evaluation.metrics` may hold."""
-    return tuple(METRICS)
+    """Every name that `evaluation.metrics` may hold, those of installed packages included."""
+    return (*METRICS, *(name for name in _plugins() if name not in METRICS))
 
 
 def find_metrics(names: Iterable[str]) -> dict[str, Metric]:
@@ -63,23 +81,57 @@ def find_metrics(names: Iterable[str]) -> dict[str, Metric]:
     Raises:
         RecipeError: one of them does not exist.
     """
-    found = {}
+    found, plugins = {}, _plugins()
     for name in names:
-        if name not in METRICS:
-            near = difflib.get_close_matches(name, METRICS, n=1, cutoff=0.5)
-            hint = f"did you mean `{near[0]}`?" if near else f"allowed: {', '.join(METRICS)}"
+        if name in METRICS:
+            found[name] = METRICS[name]
+        elif name in plugins:
+            found[name] = _from_plugin(plugins[name])
+        else:
+            known = known_metrics()
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"did you mean `{near[0]}`?" if near else f"allowed: {', '.join(known)}"
             raise RecipeError(f"evaluation.metrics names `{name}`, which is no metric; {hint}")
-        found[name] = METRICS[name]
     return found
 
 
-def score_answer(metrics: Mapping[str, Metric], expected: str, answer: str) -> RowScores:
-    """One row's values of every metric that looks at answers."""
-    values: RowScores = {}
-    for metric in metrics.values():
-        if metric.score_answer is not None:
-            values.update(metric.score_answer(expected, answer))
-    return values
+def make_scorer(metrics: Mapping[str, Metric], recipe: EvaluationRecipe) -> AnswerScorer:
+    """One function for all metrics that look at answers.
+
+    Raises:
+        RecipeError: a metric lacks a package, or a key of the recipe.
+    """
+    scorers = [metric.make(recipe) for metric in metrics.values() if metric.make is not None]
+
+    def score(expected: str, answer: str) -> RowScores:
+        return {name: value for scorer in scorers for name, value in scorer(expected, answer).items()}
+
+    return score
+
+
+def _plugins() -> dict[str, EntryPoint]:
+    return {entry.name: entry for entry in entry_points(group=ENTRY_POINTS)}
+
+
+def _from_plugin(entry: EntryPoint) -> Metric:
+    def make(_: EvaluationRecipe) -> AnswerScorer:
+        try:
+            function = entry.load()
+        except Exception as error:
+            raise RecipeError(f"the metric `{entry.name}` cannot be loaded from {entry.value}: {error}") from error
+
+        def score(expected: str, answer: str) -> RowScores:
+            try:
+                return {str(name): float(value) for name, value in function(expected, answer).items()}
+            except Exception as error:
+                raise EvaluationError(
+                    f"the metric `{entry.name}` ({entry.value}) failed on the answer {answer[:80]!r}: {error!r}; "
+                    "it must return a mapping of score names to numbers"
+                ) from error
+
+        return score
+
+    return Metric("answers", (), make)
 
 
 def parse_json(text: str) -> Any:
@@ -129,10 +181,49 @@ def _call(text: str) -> list[Any] | None:
     return [value["name"], arguments] if isinstance(arguments, dict) else None
 
 
+def _json_schema(recipe: EvaluationRecipe) -> AnswerScorer:
+    """Whether an answer is JSON that fits the recipe's schema (JSON Schema 2020-12, unless it names another)."""
+    from jsonschema import SchemaError
+    from jsonschema.validators import Draft202012Validator, validator_for
+    from referencing import Registry
+
+    if recipe.json_schema is None:
+        raise RecipeError("evaluation.metrics names `json_schema`; give the schema as `evaluation.json_schema`")
+    kind = validator_for(recipe.json_schema, default=Draft202012Validator)
+    try:
+        kind.check_schema(recipe.json_schema)
+    except SchemaError as error:
+        raise RecipeError(f"evaluation.json_schema is no JSON schema: {error.message}") from None
+    validator = kind(recipe.json_schema, registry=Registry())  # one that fetches nothing
+
+    def score(_expected: str, answer: str) -> RowScores:
+        valid = _json_valid("", answer)["json_valid"] == 1 and validator.is_valid(parse_json(answer))
+        return {"schema_valid": float(valid)}
+
+    return score
+
+
+def _rouge(_: EvaluationRecipe) -> AnswerScorer:
+    from qlora_core.evaluation.text_overlap import make_rouge
+
+    return make_rouge()
+
+
+def _bleu(_: EvaluationRecipe) -> AnswerScorer:
+    from qlora_core.evaluation.text_overlap import make_bleu
+
+    return make_bleu()
+
+
 METRICS: dict[str, Metric] = {
     "loss": Metric("loss", ("loss", "perplexity", "token_accuracy")),
     "forgetting": Metric("forgetting", ("forgetting_perplexity",)),
-    "exact_match": Metric("answers", ("exact_match",), _exact_match),
-    "json_valid": Metric("answers", ("json_valid",), _json_valid),
-    "tool_call": Metric("answers", ("valid_call", "exact_call"), _tool_call),
+    "choice": Metric("choices", ("choice_accuracy",)),
+    "latency": Metric("latency", ("latency_s",)),
+    "exact_match": Metric("answers", ("exact_match",), lambda _: _exact_match),
+    "json_valid": Metric("answers", ("json_valid",), lambda _: _json_valid),
+    "json_schema": Metric("answers", ("schema_valid",), _json_schema),
+    "tool_call": Metric("answers", ("valid_call", "exact_call"), lambda _: _tool_call),
+    "rouge": Metric("answers", ("rouge_1", "rouge_2", "rouge_l"), _rouge),
+    "bleu": Metric("answers", ("bleu",), _bleu),
 }

@@ -32,21 +32,3 @@ class ReportContext(Record):
     """Role and identity: `("base model", "SmolLM2-135M, sha256 b179c952…")`."""
     timings_s: dict[str, float] = Field(default_factory=dict)
     """Stage to seconds."""
-
-
-class ScoredAnswer(Record):
-    """One line of answers.jsonl: what one model said to one prompt."""
-
-    row_id: str
-    question: str
-    """The last thing that the user said."""
-    prompt: str
-    """The whole rendered prompt."""
-    expected: str
-    answer: str
-    stopped: bool
-    """Whether the model ended its turn by itself."""
-    tokens: int
-    metrics: dict[str, float]
-    loss: float | None
-    """Mean loss of the row's trained tokens, in nats."""

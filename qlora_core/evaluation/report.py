@@ -4,16 +4,25 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from qlora_core.artifacts import EvaluationReport, GateResult, ModelScores, PreparedDataset, PromotionDecision
-from qlora_core.evaluation.examples import choose_examples, read_answers
+from qlora_core.artifacts import (
+    EvaluationReport,
+    GateResult,
+    Interval,
+    ModelScores,
+    PreparedDataset,
+    PromotionDecision,
+    Scores,
+)
+from qlora_core.evaluation.examples import compare_answers
 from qlora_core.evaluation.metrics import SCORES, describe
 from qlora_core.evaluation.plots import plot_learning_rate, plot_lengths, plot_loss, read_curve
 from qlora_core.evaluation.records import ReportContext
+from qlora_core.evaluation.scored import read_rows
 from qlora_core.modeling.rows import TokenRows
 from qlora_core.store import write_atomically
 
@@ -22,16 +31,23 @@ SPLITS = {"training": "train", "evaluation": "evaluation"}
 NARROW_SPACE = "\u202f"
 
 
+class Change(NamedTuple):
+    """How a score of the candidate differs from that of another model, as text."""
+
+    difference: str
+    interval: str
+    trend: str
+    """`better`, `worse`, `unsure` when the interval holds both, `same` when there is nothing to judge."""
+
+
 class ScoreLine(NamedTuple):
     """One line of the before/after table, values as text."""
 
     title: str
     values: tuple[str, ...]
     """Base, candidate and, if there is one, champion."""
-    change: str
-    trend: str
-    """`better`, `worse` or `same`; how the candidate moved from the base."""
-    arrow: str
+    changes: tuple[Change, ...]
+    """Of the candidate against the base and, if there is one, the champion."""
 
 
 class GateLine(NamedTuple):
@@ -54,8 +70,7 @@ def write_report(
     into: Path,
 ) -> None:
     """Write `report.html` and `report.json`."""
-    answers = {name: read_answers(scores.path) for name, scores in models.items()}
-    examples = choose_examples(answers, EXAMPLES)
+    comparison = compare_answers({name: read_rows(scores.path).answers for name, scores in models.items()}, EXAMPLES)
     verdict = state_verdict(decision, report)
     page = (
         _environment()
@@ -67,9 +82,8 @@ def write_report(
             context=context,
             gates=[_gate_line(gate) for gate in decision.gates],
             models=[name.capitalize() for name in models],
-            score_lines=[_score_line(name, models) for name in _score_names(models)],
-            examples=examples,
-            answered_rows=len(answers["candidate"]),
+            score_lines=[_score_line(name, report) for name in _score_names(models)],
+            comparison=comparison,
             plots=_plots(dataset, context),
             dataset=dataset,
             seconds=format_seconds,
@@ -83,7 +97,9 @@ def write_report(
             name: scores.model_dump(mode="json", include={"model_digest", "data_digest", "scores", "rows", "seed"})
             for name, scores in models.items()
         },
-        "examples": [example.model_dump(mode="json") for example in examples],
+        "differences": report.model_dump(mode="json")["differences"],
+        "answers": {"rival": comparison.rival, "better": comparison.better, "worse": comparison.worse},
+        "examples": [example.model_dump(mode="json") for example in comparison.examples],
         "data": dataset.model_dump(mode="json", exclude={"path"}),
         "context": context.model_dump(mode="json", exclude={"curve"}),
         "curve": read_curve(context.curve),
@@ -151,13 +167,16 @@ def _failure(gate: GateResult) -> str:
     title = describe(gate.metric).title.lower()
     if gate.value is None or gate.reference is None:
         return f"{title} could not be compared, {gate.reason}"
-    return f"{title} is {format_score(gate.metric, gate.value)}, and must be {_rule(gate)}"
+    reached = f"{title} reached {format_score(gate.metric, gate.value)}"
+    if gate.significant is False:
+        return f"{reached}, too few rows to be sure that this is {_rule(gate)}"
+    return f"{reached} but must be {_rule(gate)}"
 
 
 def _rule(gate: GateResult) -> str:
     """The rule in words: `above 0 % (base)`."""
     if gate.limit is None:
-        return gate.required
+        return f"better than the {gate.against}"
     words = {"<": "below", "<=": "at most", ">": "above", ">=": "at least"}[gate.required.partition(" ")[0]]
     origin = ""
     if gate.against != "threshold":
@@ -167,10 +186,10 @@ def _rule(gate: GateResult) -> str:
 
 
 def _gate_line(gate: GateResult) -> GateLine:
-    against = {"base": "better than the base", "champion": "better than the champion", "threshold": "fixed limit"}
-    rule = _rule(gate) if gate.limit is not None else against[gate.against]
-    note = "" if gate.limit is not None and gate.value is not None else gate.reason
-    return GateLine(describe(gate.metric).title, rule, format_score(gate.metric, gate.value), gate.passed, note)
+    note = gate.reason if gate.limit is None or gate.value is None else ""
+    if gate.significant is not None:
+        note = "and surely so" if gate.significant else "it is, but not surely so (95 % interval)"
+    return GateLine(describe(gate.metric).title, _rule(gate), format_score(gate.metric, gate.value), gate.passed, note)
 
 
 def _score_names(models: Mapping[str, ModelScores]) -> list[str]:
@@ -180,27 +199,49 @@ def _score_names(models: Mapping[str, ModelScores]) -> list[str]:
     return known + sorted(names - set(known))
 
 
-def _score_line(name: str, models: Mapping[str, ModelScores]) -> ScoreLine:
-    values = [scores.scores.get(name) for scores in models.values()]
-    base, candidate = values[:2]
-    trend, arrow, change = "same", "", ""
-    if base is not None and candidate is not None and base != candidate:
-        arrow = "↑" if candidate > base else "↓"
-        lower = describe(name).lower_is_better
-        trend = "same" if lower is None else "better" if (candidate < base) == lower else "worse"
-        change = _change(name, base, candidate)
-    return ScoreLine(describe(name).title, tuple(format_score(name, value) for value in values), change, trend, arrow)
+def _score_line(name: str, report: EvaluationReport) -> ScoreLine:
+    models = {"base": report.base, "candidate": report.candidate} | (
+        {"champion": report.champion} if report.champion is not None else {}
+    )
+    others: tuple[tuple[Literal["base", "champion"], Scores | None], ...] = (
+        ("base", report.base),
+        ("champion", report.champion),
+    )
+    changes = tuple(
+        _change(name, report.candidate.get(name), scores.get(name), report.differences.get(other, {}).get(name))
+        for other, scores in others
+        if scores is not None
+    )
+    return ScoreLine(
+        describe(name).title, tuple(format_score(name, scores.get(name)) for scores in models.values()), changes
+    )
 
 
-def _change(name: str, base: float, candidate: float) -> str:
-    """Percentage points for shares, percent of the base for everything else."""
-    if not (math.isfinite(base) and math.isfinite(candidate)):
-        return ""
-    if describe(name).unit == "share":
-        return f"{100 * (candidate - base):+.1f}{NARROW_SPACE}points".replace("-", "\u2212")
-    if base == 0:
-        return ""
-    return f"{100 * (candidate - base) / abs(base):+.0f}{NARROW_SPACE}%".replace("-", "\u2212")
+def _change(name: str, value: float | None, reference: float | None, interval: Interval | None) -> Change:
+    """The difference in points for shares, in percent of the reference for everything else."""
+    if value is None or reference is None or not (math.isfinite(value) and math.isfinite(reference)):
+        return Change("", "", "same")
+    share = describe(name).unit == "share"
+    scale = 100 if share else 100 / abs(reference) if reference else None
+    if value == reference or scale is None:
+        return Change("", "", "same")
+    arrow, unit = "↑" if value > reference else "↓", "points" if share else "%"
+    difference = f"{arrow} {_signed((value - reference) * scale)}{NARROW_SPACE}{unit}"
+    span = "" if interval is None else f"{_signed(interval.low * scale)} to {_signed(interval.high * scale)}"
+    return Change(difference, span, _trend(name, value - reference, interval))
+
+
+def _trend(name: str, difference: float, interval: Interval | None) -> str:
+    lower = describe(name).lower_is_better
+    if lower is None:
+        return "same"
+    if interval is not None and interval.low <= 0 <= interval.high:
+        return "unsure"
+    return "better" if (difference < 0) == lower else "worse"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.{1 if abs(value) < 100 else 0}f}".replace("-", "\u2212")
 
 
 def _plots(dataset: PreparedDataset, context: ReportContext) -> dict[str, Markup]:

@@ -4,25 +4,27 @@ import json
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from qlora_core.artifacts import ModelScores, PreparedDataset, Record, Scores
 from qlora_core.errors import EvaluationError
+from qlora_core.evaluation.choice import choose
 from qlora_core.evaluation.generation import Answer, end_of_turn_ids, generate
-from qlora_core.evaluation.likelihood import RowLoss, row_losses, summarize
-from qlora_core.evaluation.metrics import Metric, find_metrics, score_answer
-from qlora_core.evaluation.records import EvaluationSpec, ScoredAnswer
+from qlora_core.evaluation.likelihood import row_losses
+from qlora_core.evaluation.metrics import AnswerScorer, Need, find_metrics, make_scorer
+from qlora_core.evaluation.records import EvaluationSpec
+from qlora_core.evaluation.scored import RowLoss, Rows, ScoredAnswer, row_sums, write_rows
 from qlora_core.events import Progress, Report
 from qlora_core.modeling.device import pick_device
 from qlora_core.modeling.load import load_full
 from qlora_core.modeling.rows import PromptRow, TokenRow, TokenRows, read_prompts
 from qlora_core.modeling.tokenizer import load_tokenizer, tokenizer_digest
 from qlora_core.recipe import Generation
-from qlora_core.store import write_atomically
+
+LATENCY_PROMPTS = 5
 
 
 class Subject(NamedTuple):
@@ -34,40 +36,54 @@ class Subject(NamedTuple):
 
 
 def run(spec: Mapping[str, Any], report: Report) -> ModelScores:
-    """Score one model on the evaluation rows; write rows.jsonl and, if it had to answer, answers.jsonl.
+    """Score one model on the evaluation rows and leave what it scored on each row (see `scored.py`).
 
     Raises:
+        RecipeError: a metric lacks a package, or a key of the recipe.
         EvaluationError: the model reads other token ids than the data holds, or there is nothing to score.
     """
     evaluation = EvaluationSpec.model_validate(spec)
-    recipe, dataset = evaluation.recipe, evaluation.dataset
-    metrics = find_metrics(recipe.metrics)
-    needs = {metric.needs for metric in metrics.values()}
+    metrics = find_metrics(evaluation.recipe.metrics)
+    scorer = make_scorer(metrics, evaluation.recipe)
     tokenizer = load_tokenizer(evaluation.model_path)
     _check_tokenizer(tokenizer, evaluation)
     subject = Subject(load_full(evaluation.model_path, pick_device()), tokenizer, report)
-
-    rows = _choose(_read(dataset, "evaluation"), recipe.max_rows, evaluation.seed)
-    losses = _losses(subject, rows, "evaluation rows")
-    _write_lines(evaluation.into / "rows.jsonl", losses)
-    scores = summarize(losses) if "loss" in needs else {}
-    if "forgetting" in needs:
-        other = _losses(subject, _read(dataset, "forgetting"), "other text")
-        scores["forgetting_perplexity"] = summarize(other)["perplexity"]
-    if "answers" in needs:
-        prompts = _prompts_of(rows, dataset)
-        answers, tokens_per_s = _answer(subject, prompts, recipe.generation)
-        scored = _score_answers(subject.tokenizer, metrics, prompts, answers, losses)
-        _write_lines(evaluation.into / "answers.jsonl", scored)
-        scores |= _mean_scores(scored) | {"generation_tokens_per_s": tokens_per_s}
+    scored, speed = _score(subject, evaluation, {metric.needs for metric in metrics.values()}, scorer)
+    write_rows(evaluation.into, scored)
     return ModelScores(
         path=evaluation.into,
         model_digest=evaluation.model_digest,
-        data_digest=dataset.digest,
-        scores=scores,
-        rows=len(rows),
+        data_digest=evaluation.dataset.digest,
+        scores={name: sums.score for name, sums in row_sums(scored).items()} | speed,
+        rows=len(scored.losses),
         seed=evaluation.seed,
     )
+
+
+def _score(subject: Subject, evaluation: EvaluationSpec, needs: set[Need], scorer: AnswerScorer) -> tuple[Rows, Scores]:
+    """What each row gives, and the scores that no row gives: how fast the model answers."""
+    recipe, dataset = evaluation.recipe, evaluation.dataset
+    rows = _choose(_read(dataset, "evaluation"), recipe.max_rows, evaluation.seed)
+    scored = Rows(losses=_losses(subject, rows, "evaluation rows"))
+    if "forgetting" in needs:
+        scored = _with(scored, other=_losses(subject, _read(dataset, "forgetting"), "other text"))
+    if needs.isdisjoint({"answers", "choices", "latency"}):
+        return scored, {}
+    speed: Scores = {}
+    prompts = _prompts_of(rows, dataset)
+    if "choices" in needs:
+        tell = _progress(subject.report, "choices", len(prompts))
+        scored = _with(scored, choices=tuple(choose(subject.model, subject.tokenizer, prompts, tell)))
+    if "answers" in needs:
+        answers, speed["generation_tokens_per_s"] = _answer(subject, prompts, recipe.generation)
+        scored = _with(scored, answers=_score_answers(subject.tokenizer, scorer, prompts, answers, scored.losses))
+    if "latency" in needs:
+        speed["latency_s"] = _latency_s(subject, prompts, recipe.generation)
+    return scored, speed
+
+
+def _with(scored: Rows, **parts: Sequence[Record]) -> Rows:
+    return scored.model_copy(update={name: tuple(part) for name, part in parts.items()})
 
 
 def _check_tokenizer(tokenizer: PreTrainedTokenizerFast, evaluation: EvaluationSpec) -> None:
@@ -103,9 +119,9 @@ def _prompts_of(rows: Sequence[TokenRow], dataset: PreparedDataset) -> list[Prom
     return prompts
 
 
-def _losses(subject: Subject, rows: Sequence[TokenRow], what: str) -> list[RowLoss]:
+def _losses(subject: Subject, rows: Sequence[TokenRow], what: str) -> tuple[RowLoss, ...]:
     progress = _progress(subject.report, what, len(rows))
-    return list(row_losses(subject.model, rows, subject.tokenizer.pad_token_id, progress))
+    return tuple(row_losses(subject.model, rows, subject.tokenizer.pad_token_id, progress))
 
 
 def _answer(subject: Subject, prompts: Sequence[PromptRow], generation: Generation) -> tuple[list[Answer], float]:
@@ -117,9 +133,22 @@ def _answer(subject: Subject, prompts: Sequence[PromptRow], generation: Generati
     return answers, sum(len(answer.ids) + answer.stopped for answer in answers) / (time.perf_counter() - start)
 
 
+def _latency_s(subject: Subject, prompts: Sequence[PromptRow], generation: Generation) -> float:
+    """Median seconds for one whole answer when nothing else is asked, over a few prompts of all lengths."""
+    by_length = sorted((prompt.prompt_ids for prompt in prompts), key=len)
+    asked = by_length[:: max(1, len(by_length) // LATENCY_PROMPTS)][:LATENCY_PROMPTS]
+    stop_ids = end_of_turn_ids(subject.model, subject.tokenizer)
+    seconds = []
+    for prompt in asked:
+        start = time.perf_counter()
+        generate(subject.model, [prompt], stop_ids, generation, lambda _: None)
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)
+
+
 def _score_answers(
     tokenizer: PreTrainedTokenizerFast,
-    metrics: Mapping[str, Metric],
+    scorer: AnswerScorer,
     prompts: Sequence[PromptRow],
     answers: Sequence[Answer],
     losses: Iterable[RowLoss],
@@ -135,7 +164,7 @@ def _score_answers(
             answer=text,
             stopped=answer.stopped,
             tokens=len(answer.ids),
-            metrics=score_answer(metrics, prompt.expected, text),
+            metrics=scorer(prompt.expected, text),
             loss=loss_of.get(prompt.row_id),
         )
         for prompt, answer, text in zip(prompts, answers, texts, strict=True)
@@ -147,19 +176,8 @@ def _question(prompt: PromptRow) -> str:
     return spoken[-1] if spoken else prompt.prompt
 
 
-def _mean_scores(scored: Sequence[ScoredAnswer]) -> Scores:
-    scores = {name: fmean(row.metrics[name] for row in scored) for name in scored[0].metrics}
-    scores["stops_by_itself"] = fmean(row.stopped for row in scored)
-    scores["answer_tokens"] = fmean(row.tokens for row in scored)
-    return scores
-
-
 def _progress(report: Report, what: str, total: int) -> Callable[[int], None]:
     def tell(done: int) -> None:
         report(Progress(what=what, done=done, total=total, unit="rows"))
 
     return tell
-
-
-def _write_lines(path: Path, records: Iterable[Record]) -> None:
-    write_atomically(path, "".join(record.model_dump_json() + "\n" for record in records))

@@ -1,8 +1,9 @@
 import math
 
 import pytest
+from pydantic import ValidationError
 
-from qlora_core.artifacts import GateResult
+from qlora_core.artifacts import Differences, GateResult, Interval
 from qlora_core.gates import decide
 from qlora_core.recipe import Gate
 
@@ -100,3 +101,41 @@ def test_a_recipe_without_gates_promotes_and_says_why() -> None:
 def test_a_reason_gives_the_value_the_rule_and_where_the_rule_comes_from() -> None:
     result = ask(Gate(metric="forgetting_perplexity", against="base", tolerance=0.05), 24.9, base=20.3)
     assert result.reason == "24.9 does not meet <= 21.32 (within 5 % of the base's 20.3)"
+
+
+def ask_surely(candidate: float, base: float, low: float, high: float, **keys: object) -> GateResult:
+    """A gate on a loss that asks for significance, with the interval of the difference."""
+    gate = Gate.model_validate({"metric": "loss", "against": "base", "significant": True, **keys})
+    differences: Differences = {"base": {"loss": Interval(low=low, high=high)}}
+    return decide([gate], {"loss": candidate}, {"loss": base}, None, differences).gates[0]
+
+
+def test_a_significant_gate_passes_only_if_the_worse_end_of_the_interval_does() -> None:
+    assert ask_surely(0.5, 0.6, low=-0.15, high=-0.05).significant is True
+    doubtful = ask_surely(0.5, 0.6, low=-0.25, high=0.05)
+    assert (doubtful.passed, doubtful.significant) == (False, False)
+    assert "but not significantly (95 % interval of the difference -0.25 to +0.05)" in doubtful.reason
+
+
+def test_a_significant_gate_with_a_tolerance_asks_that_it_is_surely_not_much_worse() -> None:
+    assert ask_surely(0.61, 0.6, low=-0.01, high=0.05, tolerance=0.1).passed
+    assert not ask_surely(0.61, 0.6, low=-0.01, high=0.07, tolerance=0.1).passed
+
+
+def test_a_score_that_is_better_the_higher_is_judged_by_the_lower_end() -> None:
+    gate = Gate(metric="valid_call", against="champion", significant=True)
+    scores = ({"valid_call": 0.8}, {}, {"valid_call": 0.6})
+    for low, passed in ((0.01, True), (-0.01, False)):
+        differences: Differences = {"champion": {"valid_call": Interval(low=low, high=0.4)}}
+        assert decide([gate], *scores, differences).promote is passed
+
+
+def test_a_significant_gate_without_an_interval_fails_and_says_why() -> None:
+    result = ask(Gate(metric="latency_s", against="base", significant=True), 0.5, base=0.9)
+    assert not result.passed
+    assert "this score has no interval over rows" in result.reason
+
+
+def test_a_significant_threshold_is_refused_by_the_recipe() -> None:
+    with pytest.raises(ValidationError, match="`significant` needs `against: base"):
+        Gate(metric="loss", threshold=0.5, significant=True)

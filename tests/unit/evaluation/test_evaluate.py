@@ -32,8 +32,8 @@ def test_a_model_is_scored_in_a_child_process_that_leaves_scores_and_answers(
     assert (scores.model_digest, scores.data_digest) == ("m" * 64, dataset.digest)
     assert set(scores.scores) >= {"loss", "perplexity", "token_accuracy", "forgetting_perplexity", "valid_call"}
     assert scores.scores["answer_tokens"] <= 8
-    for name in KEEP:
-        assert len((tmp_path / name).read_text().splitlines()) == 5
+    lines = {name: len((tmp_path / name).read_text().splitlines()) for name in KEEP if (tmp_path / name).exists()}
+    assert lines == {"rows.jsonl": 5, "forgetting.jsonl": 2, "answers.jsonl": 5}
     answer = json.loads((tmp_path / "answers.jsonl").read_text().splitlines()[0])
     assert answer["question"] == "Roll a die."
     assert answer["metrics"] == {"valid_call": 0.0, "exact_call": 0.0}
@@ -82,3 +82,13 @@ def test_rows_that_are_not_there_are_asked_for_by_the_key_that_makes_them(
     (tmp_path / "data" / missing).unlink()
     with pytest.raises(EvaluationError, match=message):
         score(RECIPE, model_path, dataset.model_copy(update={"path": tmp_path / "data"}), tmp_path / "into")
+
+
+def test_choices_and_latency_are_scored_without_metrics_that_look_at_answers(
+    model_path: Path, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    recipe = EvaluationRecipe(metrics=("choice", "latency"), generation=Generation(max_new_tokens=3))
+    scores = score(recipe, model_path, dataset, tmp_path).scores
+    assert set(scores) == {"loss", "perplexity", "token_accuracy", "choice_accuracy", "latency_s"}
+    assert scores["choice_accuracy"] in {0, 0.2, 0.4, 0.6, 0.8, 1.0}
+    assert 0 < scores["latency_s"] < 5

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from qlora_core.artifacts import PreparedDataset
-from qlora_core.evaluation.likelihood import RowLoss, row_losses, summarize
+from qlora_core.evaluation.likelihood import row_losses
+from qlora_core.evaluation.scored import RowLoss, Rows, row_sums
 from qlora_core.modeling.load import load_full
 from qlora_core.modeling.rows import TokenRows
 
@@ -26,14 +27,20 @@ def test_loss_equals_that_of_plain_transformers_on_the_same_tokens(
         assert loss.loss_sum / loss.tokens == pytest.approx(reference, rel=1e-5)
 
 
+def scores_of(*losses: RowLoss) -> dict[str, float]:
+    return {name: sums.score for name, sums in row_sums(Rows(losses=losses)).items()}
+
+
 def test_perplexity_weighs_tokens_and_not_rows() -> None:
-    rows = [
-        RowLoss(row_id="a", loss_sum=9.0, correct=1, tokens=3),
-        RowLoss(row_id="b", loss_sum=1.0, correct=1, tokens=1),
-    ]
-    scores = summarize(rows)
+    scores = scores_of(
+        RowLoss(row_id="a", loss_sum=9.0, correct=1, tokens=3), RowLoss(row_id="b", loss_sum=1.0, correct=1, tokens=1)
+    )
     assert scores == {"loss": 2.5, "perplexity": pytest.approx(math.exp(2.5)), "token_accuracy": 0.5}
 
 
 def test_a_hopeless_loss_gives_an_infinite_perplexity() -> None:
-    assert summarize([RowLoss(row_id="a", loss_sum=1e6, correct=0, tokens=1)])["perplexity"] == math.inf
+    assert scores_of(RowLoss(row_id="a", loss_sum=1e6, correct=0, tokens=1))["perplexity"] == math.inf
+
+
+def test_rows_without_trained_tokens_have_no_loss() -> None:
+    assert math.isnan(scores_of(RowLoss(row_id="a", loss_sum=0, correct=0, tokens=0))["loss"])

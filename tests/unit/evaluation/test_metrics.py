@@ -1,14 +1,30 @@
+from pathlib import Path
+
 import pytest
 
 from qlora_core.artifacts import LOWER_IS_BETTER
-from qlora_core.errors import RecipeError
-from qlora_core.evaluation.metrics import METRICS, SCORES, find_metrics, known_metrics, same_value, score_answer
+from qlora_core.errors import EvaluationError, RecipeError
+from qlora_core.evaluation.metrics import (
+    ENTRY_POINTS,
+    METRICS,
+    SCORES,
+    find_metrics,
+    known_metrics,
+    make_scorer,
+    same_value,
+)
+from qlora_core.recipe import EvaluationRecipe
 
 EXPECTED = '{"name": "add", "arguments": {"a": 1, "b": [2, 3]}}'
 
 
+def score(metric: str, expected: str, answer: str, **keys: object) -> dict[str, float]:
+    recipe = EvaluationRecipe.model_validate({"metrics": (metric,), **keys})
+    return make_scorer(find_metrics(recipe.metrics), recipe)(expected, answer)
+
+
 def tool_call(answer: str, expected: str = EXPECTED) -> tuple[float, float]:
-    scores = score_answer(find_metrics(["tool_call"]), expected, answer)
+    scores = score("tool_call", expected, answer)
     return scores["valid_call"], scores["exact_call"]
 
 
@@ -46,13 +62,12 @@ def test_a_row_that_expects_no_call_is_never_a_valid_one() -> None:
 
 @pytest.mark.parametrize(("answer", "valid"), [("{}", 1), ("null", 1), (" [1] ", 1), ("{'a': 1}", 0), ("", 0)])
 def test_json_is_valid_as_the_specification_says(answer: str, valid: float) -> None:
-    assert score_answer(find_metrics(["json_valid"]), "", answer) == {"json_valid": valid}
+    assert score("json_valid", "", answer) == {"json_valid": valid}
 
 
 def test_an_exact_match_ignores_nothing_but_the_space_around() -> None:
-    metrics = find_metrics(["exact_match"])
-    assert score_answer(metrics, "Oslo", " Oslo\n") == {"exact_match": 1}
-    assert score_answer(metrics, "Oslo", "oslo") == {"exact_match": 0}
+    assert score("exact_match", "Oslo", " Oslo\n") == {"exact_match": 1}
+    assert score("exact_match", "Oslo", "oslo") == {"exact_match": 0}
 
 
 def test_numbers_are_equal_by_value_and_truth_is_no_number() -> None:
@@ -74,12 +89,59 @@ def test_every_known_metric_can_be_found_and_says_how_its_scores_are_read() -> N
     assert {score for metric in METRICS.values() for score in metric.scores} <= SCORES.keys()
 
 
-def test_answer_metrics_give_exactly_the_scores_that_they_promise() -> None:
-    for metric in METRICS.values():
-        if metric.score_answer is not None:
-            assert tuple(metric.score_answer(EXPECTED, EXPECTED)) == metric.scores
+@pytest.mark.parametrize("name", [name for name, metric in METRICS.items() if metric.make is not None])
+def test_answer_metrics_give_exactly_the_scores_that_they_promise(name: str) -> None:
+    given = score(name, EXPECTED, EXPECTED, json_schema={"type": "object"})
+    assert tuple(given) == METRICS[name].scores
+    assert all(value in (1, pytest.approx(100)) for value in given.values())
 
 
 def test_the_report_and_the_gates_agree_on_which_way_is_better() -> None:
-    lower = {name for name, score in SCORES.items() if score.lower_is_better}
-    assert lower == LOWER_IS_BETTER & SCORES.keys()
+    assert {name for name, score in SCORES.items() if score.lower_is_better} == LOWER_IS_BETTER
+
+
+SCHEMA = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}
+
+
+@pytest.mark.parametrize(
+    ("answer", "fits"), [('{"city": "Oslo"}', 1), ('{"city": 1}', 0), ("{}", 0), ("Oslo", 0), ('{"city": NaN}', 0)]
+)
+def test_an_answer_fits_the_recipes_schema_or_it_does_not(answer: str, fits: float) -> None:
+    assert score("json_schema", "", answer, json_schema=SCHEMA) == {"schema_valid": fits}
+
+
+def test_a_schema_metric_without_a_usable_schema_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"give the schema as `evaluation\.json_schema`"):
+        score("json_schema", "", "{}")
+    with pytest.raises(RecipeError, match="is no JSON schema"):
+        score("json_schema", "", "{}", json_schema={"type": "strin"})
+
+
+@pytest.fixture
+def plugins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package that brings three metrics, two of them faulty."""
+    (tmp_path / "our_metrics.py").write_text(
+        "def words(expected, answer):\n    return {'words': len(answer.split())}\n"
+        "def broken(expected, answer):\n    return 1 / 0\n"
+    )
+    info = tmp_path / "our_metrics-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: our-metrics\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        f"[{ENTRY_POINTS}]\nwords = our_metrics:words\nbroken = our_metrics:broken\nmissing = our_metrics:nothing\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+
+@pytest.mark.usefixtures("plugins")
+def test_an_installed_package_adds_a_metric_by_an_entry_point() -> None:
+    assert "words" in known_metrics()
+    assert score("words", "", "one two three") == {"words": 3}
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_faulty_metric_of_a_package_is_named() -> None:
+    with pytest.raises(RecipeError, match="`missing` cannot be loaded from our_metrics:nothing"):
+        score("missing", "", "")
+    with pytest.raises(EvaluationError, match=r"`broken`.*must return a mapping of score names to numbers"):
+        score("broken", "", "")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from qlora_core.artifacts import ModelScores, PreparedDataset, PromotionDecision, Scores
+from qlora_core.artifacts import Differences, Interval, ModelScores, PreparedDataset, PromotionDecision, Scores
 from qlora_core.errors import EvaluationError
-from qlora_core.evaluation.evaluate import ReportContext, compare
-from qlora_core.evaluation.records import ScoredAnswer
+from qlora_core.evaluation.evaluate import ReportContext, compare, differences
+from qlora_core.evaluation.examples import compare_answers
 from qlora_core.evaluation.report import format_score, format_seconds
+from qlora_core.evaluation.scored import ScoredAnswer
 from qlora_core.gates import decide
 from qlora_core.recipe import Gate
 
@@ -103,7 +104,7 @@ def test_a_refusal_names_the_gate_that_failed_its_value_and_its_limit(
     decision = decide_on(CANDIDATE, champion_scores)
     compare(base, candidate, champion, decision, dataset, CONTEXT, tmp_path)
     words = Page((tmp_path / "report.html").read_text()).words
-    assert "Not promoted: loss is 0.130, and must be below 0.100 (champion)." in words
+    assert "Not promoted: loss reached 0.130 but must be below 0.100 (champion)." in words
     assert "Champion" in words
 
 
@@ -206,3 +207,61 @@ def test_a_score_is_written_as_people_read_it(name: str, value: float | None, te
 )
 def test_times_are_written_as_people_read_them(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_a_refusal_for_lack_of_certainty_says_so(make: MakeScores, dataset: PreparedDataset, tmp_path: Path) -> None:
+    base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "no")
+    gate = Gate(metric="valid_call", against="base", significant=True)
+    unsure: Differences = {"base": {"valid_call": Interval(low=-0.1, high=0.9)}}
+    decision = decide([gate], CANDIDATE, BASE, None, unsure)
+    compare(base, candidate, None, decision, dataset, CONTEXT, tmp_path)
+    doubt = "too few rows to be sure that this is above 0.0\u202f% (base)."
+    words = Page((tmp_path / "report.html").read_text()).words
+    assert f"Not promoted: valid tool calls reached 83.3\u202f%, {doubt}" in words
+
+
+def answers(name: str, qualities: list[float]) -> list[ScoredAnswer]:
+    return [
+        ScoredAnswer(
+            row_id=f"row-{number}",
+            question="?",
+            prompt="?",
+            expected="!",
+            answer=name,
+            stopped=True,
+            tokens=1,
+            metrics={"valid_call": quality},
+            loss=None,
+        )
+        for number, quality in enumerate(qualities)
+    ]
+
+
+def test_the_rows_that_the_candidate_lost_to_the_champion_come_first() -> None:
+    comparison = compare_answers(
+        {
+            "base": answers("base", [0, 0, 0, 0, 0, 0]),
+            "candidate": answers("candidate", [1, 1, 0, 0.5, 1, 0]),
+            "champion": answers("champion", [1, 0, 1, 1, 0, 0]),
+        },
+        most=4,
+    )
+    assert (comparison.rival, comparison.better, comparison.worse, comparison.rows) == ("champion", 2, 2, 6)
+    assert [example.row_id for example in comparison.examples] == ["row-2", "row-3", "row-0", "row-5"]
+
+
+def test_without_a_champion_examples_show_what_the_base_did() -> None:
+    comparison = compare_answers(
+        {"base": answers("base", [0] * 10), "candidate": answers("candidate", [1] * 9 + [0])}, most=8
+    )
+    assert (comparison.rival, comparison.better, comparison.worse) == ("base", 9, 0)
+    assert [example.change for example in comparison.examples] == ["gained"] * 7 + ["same"]
+
+
+def test_intervals_in_the_report_are_those_that_gates_are_asked_with(
+    make: MakeScores, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "the call")
+    report = compare(base, candidate, None, decide_on(CANDIDATE), dataset, CONTEXT, tmp_path)
+    assert report.differences == differences(base, candidate, None)
+    assert report.differences["base"]["valid_call"] == Interval(low=1, high=1)
