@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import json
+
 from qlora_core.data.conversation import Conversation, Message, compact_json
 
 
@@ -39,7 +41,8 @@ def tool_schema(tool: dict[str, Any]) -> dict[str, Any]:
 def calls_as_text(message: Message) -> str:
     """What the assistant says, and its calls as JSON: one object, or a list if there are several."""
     written = [call._asdict() for call in message.calls]
-    calls = compact_json(written[0] if len(written) == 1 else written)
+    # with spaces, as models have seen JSON: without them a small model leaves the quotes of dates away
+    calls = json.dumps(written[0] if len(written) == 1 else written, ensure_ascii=False)
     return f"{message.content}\n{calls}" if message.content else calls
 
 
