@@ -11,13 +11,13 @@ from tasks.settings import Settings
 
 def resolve_base(recipe: Recipe, settings: Settings) -> Resolved:
     """The base model, pinned; nothing is fetched."""
-    return resolve(recipe.model, settings.downloads_folder)
+    return resolve(recipe.model, "model", settings.downloads_folder)
 
 
 def resolve_data(recipe: Recipe, settings: Settings) -> tuple[list[Resolved], list[Resolved]]:
     """The row files and the files of the forgetting check, pinned; nothing is fetched."""
-    rows = [resolve(source, settings.downloads_folder) for source in recipe.data.rows]
-    return rows, [resolve(source, settings.downloads_folder) for source in recipe.data.forgetting]
+    rows = [resolve(source, "data", settings.downloads_folder) for source in recipe.data.rows]
+    return rows, [resolve(source, "data", settings.downloads_folder) for source in recipe.data.forgetting]
 
 
 def obtain_base(recipe: Recipe, settings: Settings, report: Report) -> ModelSnapshot:

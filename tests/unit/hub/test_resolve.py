@@ -22,7 +22,7 @@ def local(path):
 
 def test_a_gguf_file_becomes_a_plain_transformers_folder(tmp_path, make_gguf, events):
     weights = make_gguf(tmp_path / "tiny.gguf")
-    resolved = resolve(local(tmp_path / "tiny.gguf"), tmp_path / "downloads")
+    resolved = resolve(local(tmp_path / "tiny.gguf"), "model", tmp_path / "downloads")
     snapshot = fetch_model(resolved, tmp_path / "downloads", tmp_path / "model", events.append)
 
     assert sorted(file.name for file in snapshot.path.iterdir()) == [
@@ -45,7 +45,7 @@ def test_a_gguf_file_becomes_a_plain_transformers_folder(tmp_path, make_gguf, ev
 
 
 def test_a_model_folder_is_taken_as_it_is(model_folder, tmp_path):
-    resolved = resolve(local(model_folder), tmp_path / "downloads")
+    resolved = resolve(local(model_folder), "model", tmp_path / "downloads")
     snapshot = fetch_model(resolved, tmp_path / "downloads", tmp_path / "model", ignore)
     assert (snapshot.path / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
     assert snapshot.architecture.model_type == "llama"
@@ -68,7 +68,7 @@ def test_data_files_of_the_same_name_are_kept_apart(tmp_path):
     for folder in ("one", "two"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "rows.json").write_text(f'["{folder}"]')
-    rows = [resolve(local(tmp_path / folder), tmp_path / "downloads") for folder in ("one", "two")]
+    rows = [resolve(local(tmp_path / folder), "data", tmp_path / "downloads") for folder in ("one", "two")]
     snapshot = fetch_data(rows, rows[:1], tmp_path / "downloads", tmp_path / "data", ignore)
 
     assert [file.name for file in snapshot.rows] == ["rows/rows.json", "rows/rows-2.json"]
@@ -82,7 +82,7 @@ def test_an_interrupted_attempt_leaves_nothing_behind(tmp_path):
     stale = tmp_path / "data" / "rows" / "stale.json"
     stale.parent.mkdir(parents=True)
     stale.write_text("[]")
-    fetch_data([resolve(local(tmp_path / "rows.json"), tmp_path)], [], tmp_path, tmp_path / "data", ignore)
+    fetch_data([resolve(local(tmp_path / "rows.json"), "data", tmp_path)], [], tmp_path, tmp_path / "data", ignore)
     assert [file.name for file in stale.parent.iterdir()] == ["rows.json"]
 
 
