@@ -84,10 +84,10 @@ def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) ->
         f"{need.adapter_gib:.1f}, activations {need.activations_gib:.1f}"
     )
     console.print("\nThree training rows; what carries loss is [bold green]green[/]:")
-    for number, segments in enumerate(json.loads((dataset.path / "preview.json").read_text()), start=1):
-        text = Text(f"\n── row {number} ", style="dim")
+    for row in json.loads((dataset.path / "preview.json").read_text()):
+        text = Text(f"\n── {row['row_id']} ", style="dim")
         text.append("─" * 60 + "\n", style="dim")
-        for segment in segments:
+        for segment in row["segments"]:
             text.append(segment["text"], style="bold green" if segment["trained"] else "")
         console.print(text)
 

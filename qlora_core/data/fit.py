@@ -1,8 +1,7 @@
 """Say a conversation in the terms that a chat template understands: not every one knows tools or system prompts."""
 
-from typing import Any, NamedTuple
-
 import json
+from typing import Any, NamedTuple
 
 from qlora_core.data.conversation import Conversation, Message, compact_json
 

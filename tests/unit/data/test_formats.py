@@ -84,7 +84,7 @@ def test_a_single_call_has_the_tools_what_the_user_said_and_the_call():
     assert single.messages == (
         Message("system", 'Call a tool.\n[{"name":"add","parameters":{}}]'),
         Message("user", "Hello\n1 + ?"),
-        Message("assistant", '{"name":"add","arguments":{"a":1}}'),
+        Message("assistant", '{"name": "add", "arguments": {"a": 1}}'),
     )
 
 
