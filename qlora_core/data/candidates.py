@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from qlora_core.artifacts import DataSnapshot
+from qlora_core.data.checks import TextChecks
 from qlora_core.data.conversation import Conversation, content_key
 from qlora_core.data.formats import to_conversation
 from qlora_core.data.read import read_rows
@@ -42,6 +43,7 @@ class Candidates:
     def __init__(self, recipe: DataRecipe, seed: int, template: ChatTemplate, earlier: Earlier, tally: Tally) -> None:
         self._recipe, self._seed, self._template, self._earlier, self._tally = recipe, seed, template, earlier, tally
         self._seen: set[bytes] = set()
+        self._checks = TextChecks(template.special_tokens)
 
     def of(self, raw: DataSnapshot) -> Iterator[Candidate]:
         """The candidates in the order of the files and their rows."""
@@ -60,6 +62,7 @@ class Candidates:
         function = conversation.function if split.by == "function" else None
         if self._recipe.tool_calls is not None:
             conversation = single_call(conversation, self._recipe.tool_calls.system_prompt)
+        self._checks.check(conversation.messages)
         key = content_key(conversation)
         if key in self._seen:
             raise RowProblem("duplicate", "the same turns and tools came before")

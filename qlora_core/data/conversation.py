@@ -4,6 +4,8 @@ import hashlib
 import json
 from typing import Any, Literal, NamedTuple
 
+from qlora_core.data.reasons import RowProblem
+
 Role = Literal["system", "user", "assistant", "tool"]
 
 
@@ -43,11 +45,26 @@ class Conversation(NamedTuple):
 
 
 def content_key(conversation: Conversation) -> bytes:
-    """16 bytes that depend on nothing but what is said and which tools there are."""
+    """16 bytes that depend on nothing but what is said and which tools there are.
+
+    Raises:
+        RowProblem: JSON in UTF-8 cannot hold it.
+    """
     said = [[message.role, message.content, message.calls] for message in conversation.messages]
-    return hashlib.blake2b(compact_json([said, conversation.tools]).encode(), digest_size=16).digest()
+    try:
+        content = compact_json([said, conversation.tools]).encode()
+    except UnicodeEncodeError:
+        raise RowProblem("broken_text", "the tools or a call hold half a character") from None
+    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def compact_json(value: Any) -> str:
-    """JSON without spaces, characters beyond ASCII as they are: the form in which calls and tools are written."""
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    """JSON without spaces, characters beyond ASCII as they are: the form in which calls and tools are written.
+
+    Raises:
+        RowProblem: JSON cannot hold the value.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise RowProblem("bad_tools", f"tools or calls that JSON cannot hold: {error}") from None

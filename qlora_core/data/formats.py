@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qlora_core.data.conversation import Call, Conversation, Message, Role
+from qlora_core.data.json_items import refuse_constant
 from qlora_core.data.reasons import RowProblem
 
 Row = Mapping[str, Any]
@@ -25,6 +26,15 @@ ROLES: dict[str, Role] = {
     "tool": "tool",
     "observation": "tool",
 }
+
+
+FOLLOWS: dict[Role, tuple[Role, ...]] = {
+    "system": ("system",),
+    "user": ("system", "user", "assistant", "tool"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
+"""What may come before a turn; the start counts as the system's."""
 
 
 class Format(NamedTuple):
@@ -62,7 +72,10 @@ def _recognize(row: Row) -> Format:
 def _alpaca(row: Row) -> Iterator[Message]:
     if row.get("system"):
         yield Message("system", _text(row, "system"))
-    for pair in row.get("history") or ():
+    history = row.get("history") or []
+    if not isinstance(history, list):
+        raise RowProblem("wrong_type", f"`history` must be a list, it is {_short(history)}")
+    for pair in history:
         if not (isinstance(pair, list | tuple) and len(pair) == 2 and all(isinstance(turn, str) for turn in pair)):
             raise RowProblem("wrong_type", "`history` must be a list of pairs of question and answer")
         yield Message("user", pair[0])
@@ -110,10 +123,7 @@ def _openai_calls(calls: Any) -> list[Call]:
 
 
 def _parse_calls(text: str) -> list[Call]:
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        raise RowProblem("bad_tool_call", f"not JSON: {_short(text)}") from None
+    value = _read_json(text, "bad_tool_call")
     return [_call(item) for item in (value if isinstance(value, list) else [value])]
 
 
@@ -122,26 +132,25 @@ def _call(value: Any) -> Call:
         raise RowProblem("bad_tool_call", f"no function name in {_short(value)}")
     arguments = value.get("arguments", {})
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError):
-            raise RowProblem("bad_tool_call", f"the arguments are not JSON: {_short(arguments)}") from None
+        arguments = _read_json(arguments, "bad_tool_call") if arguments.strip() else {}
     return Call(value["name"], arguments)
 
 
 def _tools(value: Any) -> tuple[dict[str, Any], ...]:
     if isinstance(value, str):
-        if not value.strip():
-            return ()
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            raise RowProblem("bad_tools", f"`tools` is not JSON: {_short(value)}") from None
+        value = _read_json(value, "bad_tools") if value.strip() else None
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(tool, dict) for tool in value):
         raise RowProblem("bad_tools", f"`tools` is {_short(value)}")
     return tuple(value)
+
+
+def _read_json(text: str, code: str) -> Any:
+    try:
+        return json.loads(text, parse_constant=refuse_constant)
+    except (ValueError, RecursionError):
+        raise RowProblem(code, f"not JSON: {_short(text)}") from None
 
 
 def _turns(row: Row, field: str) -> list[Row]:
@@ -168,13 +177,16 @@ def _text(row: Row, field: str) -> str:
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:
-    if not any(message.role == "assistant" for message in messages):
+    roles = [message.role for message in messages]
+    if "assistant" not in roles:
         raise RowProblem("no_answer", f"{len(messages)} turns, none by the assistant")
-    if next(m.role for m in messages if m.role != "system") != "user":
-        raise RowProblem("role_order", "the first turn after the system prompt must be the user's")
     for at, message in enumerate(messages):
-        if message.role == "system" and at > 0:
-            raise RowProblem("role_order", f"turn {at + 1} is a system prompt; only the first turn may be")
+        before = "system" if at == 0 else roles[at - 1]
+        if before not in FOLLOWS[message.role] or (message.role == "system" and at > 0):
+            found = "first" if at == 0 else f"after {before}"
+            raise RowProblem("role_order", f"turn {at + 1} is by {message.role}, {found}")
+        if message.role == "tool" and before == "assistant" and not messages[at - 1].calls:
+            raise RowProblem("role_order", f"turn {at + 1} is a tool's answer, but nothing was called")
         if not message.calls and message.role in ("user", "assistant") and not message.content.strip():
             raise RowProblem("empty_message", f"turn {at + 1} ({message.role}) is empty")
 

@@ -1,31 +1,51 @@
-"""Read raw files row by row."""
+"""Read raw files row by row: JSON, JSONL, CSV and Parquet, plain or compressed with gzip or zstd, and plain text.
 
+Rows stream: memory holds one block of a file, whatever its size.
+"""
+
+import csv
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from qlora_core.data.json_items import items, refuse_constant
 from qlora_core.data.reasons import RowProblem
 from qlora_core.errors import DataError
 
 SMALL_FILE_BYTES = 64 * 2**20
 """Up to this size `inspect` parses a whole file."""
 FIRST_ROWS = 1000
+PARQUET_ROWS = 1024
+COMPRESSIONS = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".md")
-ROW_SUFFIXES = (".json", ".jsonl", ".ndjson")
+UTF8_BOM = b"\xef\xbb\xbf"
+UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+
+Rows = Iterator[tuple[int, Any]]
+"""Number of a row, counted from 1, and its value; a row that cannot be read comes as a `RowProblem`."""
 
 
-def read_rows(path: Path) -> Iterator[tuple[int, Any]]:
-    """Number and value of each row, counted from 1: lines of JSONL, items of a JSON list.
-
-    A line that cannot be read comes as a `RowProblem` in place of its value.
+def read_rows(path: Path) -> Rows:
+    """The rows of a file: lines of JSONL, items of a JSON list, records of CSV or Parquet.
 
     Raises:
         DataError: the file as a whole cannot be read.
     """
-    if path.suffix not in ROW_SUFFIXES:
-        raise DataError(f"{path} ends in {path.suffix or 'nothing'}; rows are read from {', '.join(ROW_SUFFIXES)}")
-    return _json_list(path) if path.suffix == ".json" else _json_lines(path)
+    suffix = _suffix(path)
+    if suffix not in READERS:
+        raise DataError(
+            f"{path} ends in {path.suffix or 'no suffix'}; rows are read from {', '.join(READERS)}, "
+            f"each also with {' or '.join(COMPRESSIONS)} after it"
+        )
+    try:
+        yield from READERS[suffix](path)
+    except (OSError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read as {suffix[1:]}: {error}; write the file again") from None
 
 
 def read_text(path: Path, characters: int) -> str:
@@ -34,12 +54,12 @@ def read_text(path: Path, characters: int) -> str:
     Raises:
         DataError: it cannot be read.
     """
-    if path.suffix not in ROW_SUFFIXES:
+    if _suffix(path) in TEXT_SUFFIXES:
         try:
-            with path.open(encoding="utf-8-sig") as file:
+            with _open_text(path) as file:
                 return file.read(characters)
         except UnicodeDecodeError as error:
-            raise DataError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
+            raise _not_utf8(path, error) from None
     parts, length = [], 0
     for number, row in read_rows(path):
         if not (isinstance(row, dict) and isinstance(row.get("text"), str)):
@@ -58,63 +78,112 @@ def inspect(path: Path) -> None:
         DataError: it is missing, empty, or not what its suffix says, with the line and what to do.
     """
     if not path.is_file():
-        raise DataError(f"{path} is not a file; check the path in data.rows")
+        raise DataError(f"{path} is not a file; check the path in the recipe")
     if path.stat().st_size == 0:
         raise DataError(f"{path} is empty; it must hold at least one row")
-    if path.suffix in TEXT_SUFFIXES:
+    if _suffix(path) in TEXT_SUFFIXES:
         read_text(path, 4096)
-        return
-    if path.suffix == ".json" and path.stat().st_size > SMALL_FILE_BYTES:
-        _look_at_start(path)
         return
     limit = None if path.stat().st_size <= SMALL_FILE_BYTES else FIRST_ROWS
     rows = 0
-    for rows, (number, row) in enumerate(read_rows(path), 1):
+    for number, row in read_rows(path):
         if isinstance(row, RowProblem):
-            raise DataError(f"{path}, line {number}: {row.detail}; write one JSON object per line, as UTF-8")
+            raise DataError(f"{path}, line {number}: {row.detail}; correct that line, the file must be UTF-8")
+        rows += 1
         if rows == limit:
             break
     if rows == 0:
         raise DataError(f"{path} holds no rows; it must hold at least one")
 
 
-def _look_at_start(path: Path) -> None:
-    with path.open("rb") as file:
-        start = file.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()
-    if not start.startswith(b"["):
-        raise DataError(f"{path} starts with {start[:20]!r}; a .json file holds one list of objects")
+def _suffix(path: Path) -> str:
+    """`.jsonl` for `rows.jsonl.gz`."""
+    name = path.with_suffix("") if path.suffix in COMPRESSIONS else path
+    return name.suffix.lower()
 
 
-def _json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    with path.open("rb") as file:
+def _open(path: Path) -> io.BufferedReader:
+    source = io.BufferedReader(pa.input_stream(str(path), compression="detect"))
+    start = source.peek(3)
+    if start.startswith(UTF16_BOMS):
+        raise DataError(f"{path} is UTF-16; save it as UTF-8")
+    if start.startswith(UTF8_BOM):
+        source.read(len(UTF8_BOM))
+    return source
+
+
+def _open_text(path: Path, newline: str | None = None) -> io.TextIOWrapper:
+    return io.TextIOWrapper(_open(path), encoding="utf-8", newline=newline)
+
+
+def _not_utf8(path: Path, error: UnicodeDecodeError) -> DataError:
+    return DataError(f"{path} is not UTF-8: {_byte(error)}; save the file as UTF-8")
+
+
+def _byte(error: UnicodeDecodeError) -> str:
+    return f"byte 0x{error.object[error.start]:02x} at {error.start + 1}"
+
+
+def _json_list(path: Path) -> Rows:
+    with _open_text(path) as file:
+        try:
+            yield from enumerate(items(file, str(path)), 1)
+        except UnicodeDecodeError as error:
+            raise _not_utf8(path, error) from None
+
+
+def _json_lines(path: Path) -> Rows:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
             if line.strip():
                 yield number, _parse(line)
 
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
     except UnicodeDecodeError as error:
-        return RowProblem("bad_encoding", f"byte {error.start + 1} is not UTF-8")
+        return RowProblem("bad_encoding", f"{_byte(error)} is not UTF-8")
     except json.JSONDecodeError as error:
         return RowProblem("not_json", f"{error.msg} at column {error.colno}")
-    except (ValueError, RecursionError) as error:
-        return RowProblem("not_json", str(error) or type(error).__name__)
+    except RecursionError:
+        return RowProblem("not_json", "nested too deeply")
+    except ValueError as error:
+        return RowProblem("not_json", str(error))
 
 
-def _json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        rows = json.loads(path.read_bytes().decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start + 1} is not UTF-8; save the file as UTF-8") from None
-    except json.JSONDecodeError as error:
-        hint = "name it .jsonl if it holds one object per line" if error.msg == "Extra data" else "correct it there"
-        raise DataError(f"{path}, line {error.lineno}, column {error.colno}: {error.msg}; {hint}") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path} cannot be parsed as JSON ({error}); it must be one list of objects") from None
-    if not isinstance(rows, list):
-        raise DataError(f"{path} holds one {type(rows).__name__}; a .json file holds one list of objects")
-    yield from enumerate(rows, 1)
+def _csv(path: Path) -> Rows:
+    with _open_text(path, newline="") as file:
+        reader = csv.DictReader(file, strict=True)
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise DataError(
+                    f"{path}, line {reader.line_num}: {error}; quote the field and double its quotes"
+                ) from None
+            except UnicodeDecodeError as error:
+                raise _not_utf8(path, error) from None
+            uneven = None in row or None in row.values()
+            problem = RowProblem("uneven_row", f"the header has {len(reader.fieldnames or ())} fields")
+            yield reader.line_num, problem if uneven else row
+
+
+def _parquet(path: Path) -> Rows:
+    number = 0
+    with pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(PARQUET_ROWS):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, row
+
+
+READERS: dict[str, Callable[[Path], Rows]] = {
+    ".json": _json_list,
+    ".jsonl": _json_lines,
+    ".ndjson": _json_lines,
+    ".csv": _csv,
+    ".parquet": _parquet,
+}

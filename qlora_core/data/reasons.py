@@ -15,6 +15,7 @@ class Reason(NamedTuple):
 REASONS: dict[str, Reason] = {
     "not_json": Reason("the line is not JSON", "write one JSON object per line"),
     "bad_encoding": Reason("the line is not UTF-8", "save the file as UTF-8"),
+    "uneven_row": Reason("a record has more or fewer fields than the header", "quote fields that hold commas"),
     "not_object": Reason("the row is not an object", "write each row as an object with named fields"),
     "unknown_format": Reason("the fields match no known format", "name the format in data.format or rename the fields"),
     "missing_field": Reason("a field that the format needs is missing", "add it, or set data.format to the right one"),
@@ -27,6 +28,10 @@ REASONS: dict[str, Reason] = {
     ),
     "empty_message": Reason("a question or an answer is empty", "fill it in or remove the row"),
     "no_answer": Reason("there is no assistant turn to learn from", "add an answer or remove the row"),
+    "broken_text": Reason("text was damaged when it was decoded", "export it again, as UTF-8"),
+    "control_character": Reason("text holds invisible control characters", "remove them"),
+    "placeholder": Reason("a placeholder was never filled in", "replace it with what it stands for"),
+    "special_token": Reason("text holds a special token of the model", "remove it: it would end or start a turn"),
     "template": Reason("the chat template cannot render the row", "change the turns to what the template allows"),
     "too_long": Reason("the row is longer than data.seq_len_tokens", "raise data.seq_len_tokens", bad=False),
     "duplicate": Reason("the same row came before", "nothing; one copy is kept", bad=False),

@@ -58,6 +58,7 @@ class ChatTemplate:
                 "or put a chat_template.jinja beside its tokenizer.json"
             )
         self._tokenizer = tokenizer
+        self.special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
         self.turn_end = self._find_turn_end()
         self.abilities = self._find_abilities()
@@ -138,7 +139,7 @@ class ChatTemplate:
         return piece.index(self.turn_end) + len(self.turn_end)
 
     def _find_turn_end(self) -> str:
-        special = [str(token) for token in self._tokenizer.added_tokens_decoder.values() if token.special]
+        special = self.special_tokens
         ends = re.compile(r"\s*(?:" + "|".join(map(re.escape, sorted(special, key=len, reverse=True))) + ")")
         try:
             text = self._apply(_marked(_conversation("user", "assistant")))
