@@ -59,12 +59,27 @@ def content_key(conversation: Conversation) -> bytes:
 
 
 def compact_json(value: Any) -> str:
-    """JSON without spaces, characters beyond ASCII as they are: the form in which calls and tools are written.
+    """JSON without spaces, characters beyond ASCII as they are: the form in which tools are written.
 
     Raises:
         RowProblem: JSON cannot hold the value.
     """
+    return _json(value, (",", ":"))
+
+
+def spaced_json(value: Any) -> str:
+    """JSON with a space after commas and colons: the form in which calls are written, as models have seen JSON.
+
+    Without the spaces a small model leaves the quotes of dates away.
+
+    Raises:
+        RowProblem: JSON cannot hold the value.
+    """
+    return _json(value, (", ", ": "))
+
+
+def _json(value: Any, separators: tuple[str, str]) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, separators=separators, allow_nan=False)
     except (ValueError, TypeError, RecursionError) as error:
         raise RowProblem("bad_tools", f"tools or calls that JSON cannot hold: {error}") from None

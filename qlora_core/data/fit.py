@@ -1,9 +1,8 @@
 """Say a conversation in the terms that a chat template understands: not every one knows tools or system prompts."""
 
-import json
 from typing import Any, NamedTuple
 
-from qlora_core.data.conversation import Conversation, Message, compact_json
+from qlora_core.data.conversation import Conversation, Message, compact_json, spaced_json
 
 
 class Abilities(NamedTuple):
@@ -40,8 +39,7 @@ def tool_schema(tool: dict[str, Any]) -> dict[str, Any]:
 def calls_as_text(message: Message) -> str:
     """What the assistant says, and its calls as JSON: one object, or a list if there are several."""
     written = [call._asdict() for call in message.calls]
-    # with spaces, as models have seen JSON: without them a small model leaves the quotes of dates away
-    calls = json.dumps(written[0] if len(written) == 1 else written, ensure_ascii=False)
+    calls = spaced_json(written[0] if len(written) == 1 else written)
     return f"{message.content}\n{calls}" if message.content else calls
 
 

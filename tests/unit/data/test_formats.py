@@ -78,6 +78,7 @@ def test_a_single_call_has_the_tools_what_the_user_said_and_the_call():
         {"from": "gpt", "value": "Hi!"},
         {"from": "human", "value": "1 + ?"},
         {"from": "function_call", "value": json.dumps(CALL)},
+        {"from": "observation", "value": "2"},
         {"from": "gpt", "value": "done"},
     ]
     single = single_call(read({"conversations": turns, "tools": json.dumps(TOOLS)}), "Call a tool.")

@@ -99,7 +99,7 @@ def test_calls_are_written_in_the_templates_own_form_when_it_has_one(chatml):
 def test_calls_become_json_and_tools_join_the_system_prompt_when_the_template_has_none(chatml):
     rendered = ChatTemplate(chatml).render(CALLING)
     assert 'system\nTools: [{"name":"get_weather","parameters":{}}]<|im_end|>' in rendered.text
-    assert trained_texts(chatml, CALLING)[0] == '{"name":"get_weather","arguments":{"city":"Zürich"}}<|im_end|>'
+    assert trained_texts(chatml, CALLING)[0] == '{"name": "get_weather", "arguments": {"city": "Zürich"}}<|im_end|>'
 
 
 def test_a_tools_answer_is_the_users_where_turns_must_alternate(inst):
