@@ -143,7 +143,7 @@ def _neighbours(source: HubSource, role: Role) -> list[str]:
     """Repositories of the same owner; a hint is worth one question, and no trouble of its own."""
     try:
         page = _api().list_repos(REPO_TYPES[role], owner=source.repo.partition("/")[0], page_size=100)
-        return [str(repo.id) for repo in page.items]
+        return [repo.repo_id for repo in page.items if repo.repo_id is not None]
     except HubError:
         return []
 
