@@ -1,7 +1,7 @@
 """From raw rows to rendered conversations; every row that does not get there is counted with the reason."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from qlora_core.artifacts import DataSnapshot
 from qlora_core.data.checks import TextChecks
@@ -53,22 +53,32 @@ class Candidates:
                 try:
                     if isinstance(value, RowProblem):
                         raise value
-                    yield self._candidate(to_conversation(value, self._recipe.format, file.name, number))
+                    conversation = to_conversation(value, self._recipe.format, file.name, number)
+                    yield self._candidate(conversation, self._group(conversation, value))
                 except RowProblem as problem:
                     self._tally.drop(problem, file.name, number)
 
-    def _candidate(self, conversation: Conversation) -> Candidate:
+    def _group(self, conversation: Conversation, row: dict[str, Any]) -> str | None:
+        """What all rows have in common that must land on the same side; None for a row that stands alone."""
         split = self._recipe.split
-        function = conversation.function if split.by == "function" else None
+        if split.by == "function":
+            return conversation.function
+        if split.column is None:
+            return None
+        if row.get(split.column) is None:
+            raise RowProblem("missing_field", f"data.split.column is `{split.column}`, which the row has not")
+        return str(row[split.column])
+
+    def _candidate(self, conversation: Conversation, group: str | None) -> Candidate:
         if self._recipe.tool_calls is not None:
             conversation = single_call(conversation, self._recipe.tool_calls.system_prompt)
         self._checks.check(conversation.messages)
-        key = content_key(conversation)
+        key = content_key(conversation, self._recipe.loss)
         if key in self._seen:
             raise RowProblem("duplicate", "the same turns and tools came before")
         self._seen.add(key)
-        evaluation = in_evaluation(function or key.hex(), self._seed, split.evaluation_fraction)
+        evaluation = in_evaluation(group or key.hex(), self._seed, self._recipe.split.evaluation_fraction)
         known = self._earlier.find(key, evaluation)
-        rendered = Rendered("", ()) if known else self._template.render(conversation)
+        rendered = Rendered("", ()) if known else self._template.render(conversation, self._recipe.loss)
         prompt = self._template.prompt(conversation, rendered) if evaluation and not known else None
         return Candidate(conversation.file, conversation.row, key, evaluation, rendered, prompt, known)

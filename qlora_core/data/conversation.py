@@ -22,6 +22,8 @@ class Message(NamedTuple):
     role: Role
     content: str
     calls: tuple[Call, ...] = ()
+    train: bool = True
+    """An assistant turn that is False is read but not learnt."""
 
 
 class Conversation(NamedTuple):
@@ -44,15 +46,15 @@ class Conversation(NamedTuple):
         return next((call.name for message in self.messages for call in message.calls), None)
 
 
-def content_key(conversation: Conversation) -> bytes:
-    """16 bytes that depend on nothing but what is said and which tools there are.
+def content_key(conversation: Conversation, loss: str) -> bytes:
+    """16 bytes that depend on nothing but what is said, which tools there are, and what of it carries loss.
 
     Raises:
         RowProblem: JSON in UTF-8 cannot hold it.
     """
-    said = [[message.role, message.content, message.calls] for message in conversation.messages]
+    said = [list(message) for message in conversation.messages]
     try:
-        content = compact_json([said, conversation.tools]).encode()
+        content = compact_json([said, conversation.tools, loss]).encode()
     except UnicodeEncodeError:
         raise RowProblem("broken_text", "the tools or a call hold half a character") from None
     return hashlib.blake2b(content, digest_size=16).digest()

@@ -48,7 +48,7 @@ def _has_tools(conversation: Conversation) -> bool:
 
 
 def _tools_as_text(conversation: Conversation) -> Conversation:
-    messages = [Message(m.role, calls_as_text(m)) if m.calls else m for m in conversation.messages]
+    messages = [m._replace(content=calls_as_text(m), calls=()) if m.calls else m for m in conversation.messages]
     if conversation.tools:
         tools = f"Tools: {compact_json(conversation.tools)}"
         if messages[0].role == "system":

@@ -3,15 +3,20 @@
 - alpaca: instruction, input, output, and optionally system and history (pairs of question and answer).
 - sharegpt: conversations [{from, value}], and optionally system and tools; Belle and Qwen name the roles differently.
 - messages: OpenAI's messages [{role, content, tool_calls}], and optionally tools.
+- prompt_completion: prompt, completion.
+- transcript: text that was rendered before, parsed back into turns (`transcripts.py`).
+
+In sharegpt and messages a turn with `"train": false` is read but not learnt.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from qlora_core.data.conversation import Call, Conversation, Message, Role
 from qlora_core.data.json_items import refuse_constant
 from qlora_core.data.reasons import RowProblem
+from qlora_core.data.transcripts import parse
 
 Row = Mapping[str, Any]
 
@@ -91,9 +96,9 @@ def _sharegpt(row: Row) -> Iterator[Message]:
     for turn in _turns(row, "conversations"):
         name = _text(turn, "from")
         if name == "function_call":
-            yield _calling("", _parse_calls(_text(turn, "value")))
+            yield Message("assistant", "", tuple(_parse_calls(_text(turn, "value"))), _train(turn))
         else:
-            yield Message(_role(name), _text(turn, "value"))
+            yield Message(_role(name), _text(turn, "value"), (), _train(turn))
 
 
 def _openai(row: Row) -> Iterator[Message]:
@@ -102,18 +107,34 @@ def _openai(row: Row) -> Iterator[Message]:
         content = turn.get("content")
         text = "" if content is None else _text(turn, "content")
         calls = turn.get("tool_calls")
-        yield _calling(text, _openai_calls(calls)) if calls else Message(role, text)
+        if calls and role != "assistant":
+            raise RowProblem("bad_tool_call", f"`tool_calls` in a turn by {role}; only the assistant calls")
+        yield Message(role, text, tuple(_openai_calls(calls)) if calls else (), _train(turn))
+
+
+def _prompt_completion(row: Row) -> Iterator[Message]:
+    yield Message("user", _text(row, "prompt"))
+    yield Message("assistant", _text(row, "completion"))
+
+
+def _transcript(row: Row) -> Iterator[Message]:
+    return iter(parse(_text(row, "text")))
 
 
 FORMATS: dict[str, Format] = {
     "messages": Format(frozenset({"messages"}), _openai),
     "sharegpt": Format(frozenset({"conversations"}), _sharegpt),
     "alpaca": Format(frozenset({"instruction", "output"}), _alpaca),
+    "prompt_completion": Format(frozenset({"prompt", "completion"}), _prompt_completion),
+    "transcript": Format(frozenset({"text"}), _transcript),
 }
 
 
-def _calling(content: str, calls: Iterable[Call]) -> Message:
-    return Message("assistant", content, tuple(calls))
+def _train(turn: Row) -> bool:
+    train = turn.get("train", True)
+    if not isinstance(train, bool):
+        raise RowProblem("wrong_type", f"`train` must be true or false, it is {_short(train)}")
+    return train
 
 
 def _openai_calls(calls: Any) -> list[Call]:
@@ -178,8 +199,8 @@ def _text(row: Row, field: str) -> str:
 
 def _check_turns(messages: tuple[Message, ...]) -> None:
     roles = [message.role for message in messages]
-    if "assistant" not in roles:
-        raise RowProblem("no_answer", f"{len(messages)} turns, none by the assistant")
+    if not any(message.role == "assistant" and message.train for message in messages):
+        raise RowProblem("no_answer", f"{len(messages)} turns, none by the assistant that is to be learnt")
     for at, message in enumerate(messages):
         before = "system" if at == 0 else roles[at - 1]
         if before not in FOLLOWS[message.role] or (message.role == "system" and at > 0):

@@ -21,6 +21,9 @@ REASONS: dict[str, Reason] = {
     "missing_field": Reason("a field that the format needs is missing", "add it, or set data.format to the right one"),
     "wrong_type": Reason("a field holds another type than it must", "text fields are strings, turns are lists"),
     "unknown_role": Reason("a turn has a role that is not known", "use system, user, assistant or tool"),
+    "unknown_transcript": Reason(
+        "the text is no transcript of a known form", "use ChatML, [INST] or ### Human:, or another format"
+    ),
     "role_order": Reason("the turns are out of order", "a conversation starts with system or user turns"),
     "bad_tools": Reason("the tools are not a JSON list of objects", "write tools as a JSON list"),
     "bad_tool_call": Reason(

@@ -11,7 +11,7 @@ space that some templates write after it.
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
@@ -26,11 +26,19 @@ ALTERATIONS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str
 """What templates do to the white space around a message; tried in this order."""
 
 
+Span = tuple[int, int]
+
+
 class Rendered(NamedTuple):
     """A conversation as text, and the character spans in it that carry loss."""
 
     text: str
-    spans: tuple[tuple[int, int], ...]
+    spans: tuple[Span, ...]
+    answer: Span = (0, 0)
+    """The last assistant turn, with its turn end."""
+
+
+Loss = Literal["assistant_turns", "last_turn", "everything"]
 
 
 class _Skeleton(NamedTuple):
@@ -63,15 +71,16 @@ class ChatTemplate:
         self.turn_end = self._find_turn_end()
         self.abilities = self._find_abilities()
 
-    def render(self, conversation: Conversation) -> Rendered:
-        """The whole conversation, and the spans of its assistant turns.
+    def render(self, conversation: Conversation, loss: Loss = "assistant_turns") -> Rendered:
+        """The whole conversation, and the spans that carry loss; none for turns that are marked not to train.
 
         Raises:
             RowProblem: the template refuses the conversation, or writes something else than its messages.
         """
         fitted = fit(conversation, self.abilities)
         text, skeleton = self._apply(fitted), self._skeleton(fitted)
-        spans, at = [], 0
+        spans: list[Span] = []
+        at = 0
         for position, message in enumerate(fitted.messages):
             at = _skip(skeleton.pieces[position], text, at)
             end = _end_of(_verbatim(message), text, at, skeleton.pieces[position + 1])
@@ -80,7 +89,7 @@ class ChatTemplate:
             at = end
         if _skip(skeleton.pieces[-1], text, at) != len(text):
             raise RowProblem("template", "the template writes more than the messages")
-        return Rendered(text, tuple(spans))
+        return Rendered(text, _chosen(fitted, spans, text, loss), spans[-1])
 
     def prompt(self, conversation: Conversation, rendered: Rendered) -> PromptRow:
         """The text up to the last assistant turn, with the generation prompt, and what the model should answer.
@@ -89,12 +98,11 @@ class ChatTemplate:
         """
         fitted = fit(conversation, self.abilities)
         asked = _upto(fitted, max(at for at, m in enumerate(fitted.messages) if m.role == "assistant"))
-        start, end = rendered.spans[-1]
         return PromptRow(
             row_id=conversation.place,
             prompt_ids=[],
             prompt=self._apply(asked, add_generation_prompt=True),
-            expected=rendered.text[start:end].removesuffix(self.turn_end).strip(),
+            expected=rendered.text[slice(*rendered.answer)].removesuffix(self.turn_end).strip(),
             messages=json.dumps([_as_dict(message) for message in asked.messages], ensure_ascii=False),
         )
 
@@ -186,6 +194,14 @@ class ChatTemplate:
         except (TemplateError, TypeError, ValueError) as error:
             raise RowProblem("template", str(error)) from None
         return str(text)
+
+
+def _chosen(conversation: Conversation, spans: list[Span], text: str, loss: Loss) -> tuple[Span, ...]:
+    if loss == "everything":
+        return ((0, len(text)),)
+    answers = [message for message in conversation.messages if message.role == "assistant"]
+    chosen = [span for span, answer in zip(spans, answers, strict=True) if answer.train]
+    return tuple(chosen[-1:] if loss == "last_turn" else chosen)
 
 
 MARK = re.compile("\ue000[0-9]+\ue001")

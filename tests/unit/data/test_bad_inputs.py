@@ -105,6 +105,17 @@ ROWS = {
     "null content without calls": Defect(
         "empty_message", messages({"role": "user", "content": "a"}, {"role": "assistant", "content": None})
     ),
+    "plain text in `text`": Defect("unknown_transcript", {"text": "It was a dark and stormy night."}),
+    "text before the first turn": Defect("unknown_transcript", {"text": "x <|im_start|>user\na<|im_end|>"}),
+    "a turn that is not closed": Defect("unknown_transcript", {"text": "<|im_start|>user\na"}),
+    "an [INST] that is not closed": Defect("unknown_transcript", {"text": "<s>[INST] a"}),
+    "an [INST] without an answer": Defect("no_answer", {"text": "<s>[INST] a [/INST]"}),
+    "a number as completion": Defect("wrong_type", {"prompt": "a", "completion": 1}),
+    "calls by the user": Defect("bad_tool_call", messages({"role": "user", "content": "a", "tool_calls": [CALL]})),
+    "a train flag in words": Defect("wrong_type", {"conversations": [{"from": "human", "value": "a", "train": "no"}]}),
+    "nothing that is to be learnt": Defect(
+        "no_answer", {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "train": False}]}
+    ),
     "no turns": Defect("no_answer", {"conversations": []}),
     "a question alone": Defect("no_answer", chat(("human", "a"))),
     "a call that is not JSON": Defect("bad_tool_call", calling("add(1, 2)")),

@@ -69,7 +69,8 @@ def test_the_place_is_file_and_row():
 def test_the_key_depends_on_what_is_said_and_not_on_the_form():
     alpaca = read({"instruction": "hi", "input": "", "output": "hello"})
     chat = read({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
-    assert content_key(alpaca) == content_key(chat)
+    assert content_key(alpaca, "everything") == content_key(chat, "everything")
+    assert content_key(chat, "everything") != content_key(chat, "last_turn")
 
 
 def test_a_single_call_has_the_tools_what_the_user_said_and_the_call():
@@ -93,3 +94,43 @@ def test_a_row_without_calls_does_not_apply():
     with pytest.raises(RowProblem) as problem:
         single_call(read({"instruction": "a", "output": "b"}), "Call a tool.")
     assert problem.value.code == "no_tool_call"
+
+
+def test_prompt_and_completion_are_one_question_and_answer():
+    row = {"prompt": "hi", "completion": "hello"}
+    assert read(row).messages == (Message("user", "hi"), Message("assistant", "hello"))
+
+
+TURNS = (
+    Message("user", "hi"),
+    Message("assistant", "hello\nthere"),
+    Message("user", "and?"),
+    Message("assistant", "bye"),
+)
+TRANSCRIPTS = {
+    "chatml": "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nhello\nthere<|im_end|>\n"
+    "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\nbye<|im_end|>\n",
+    "llama 2": "<s>[INST] hi [/INST] hello\nthere </s><s>[INST] and? [/INST] bye </s>",
+    "llama 2 without ends": "[INST] hi [/INST] hello\nthere [INST] and? [/INST] bye",
+    "guanaco": "### Human: hi\n### Assistant: hello\nthere### Human: and?### Assistant: bye",
+}
+
+
+@pytest.mark.parametrize("name", TRANSCRIPTS)
+def test_a_transcript_is_parsed_back_into_turns(name: str):
+    assert read({"text": TRANSCRIPTS[name]}).messages == TURNS
+
+
+def test_the_system_prompt_of_an_inst_transcript_is_found():
+    text = "<s>[INST] <<SYS>>\nBe kind.\n<</SYS>>\n\nhi [/INST] hello </s>"
+    assert read({"text": text}).messages[:2] == (Message("system", "Be kind."), Message("user", "hi"))
+
+
+def test_a_turn_can_be_read_without_being_learnt():
+    turns = [
+        {"from": "human", "value": "hi"},
+        {"from": "gpt", "value": "wrong", "train": False},
+        {"from": "human", "value": "no"},
+        {"from": "gpt", "value": "right"},
+    ]
+    assert [message.train for message in read({"conversations": turns}).messages] == [True, False, True, True]

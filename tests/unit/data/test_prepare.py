@@ -132,6 +132,18 @@ def test_rows_that_call_one_function_stay_on_one_side(base, tmp_path):
     assert not sides[0] & sides[1]
 
 
+def test_rows_with_one_value_in_the_split_column_stay_on_one_side(base, tmp_path):
+    rows = [{**row, "topic": f"topic {at % 8}"} for at, row in enumerate(alpaca(64), 1)]
+    split = {"by": "column", "column": "topic", "evaluation_fraction": 0.4}
+    run(base, write_rows(tmp_path, rows), tmp_path / "out", split=split)
+    sides = [
+        {int(row.rpartition(":")[2]) % 8 for row in names(tmp_path / "out" / f"{side}.arrow")}
+        for side in ("train", "evaluation")
+    ]
+    assert sides[0] and sides[1]
+    assert not sides[0] & sides[1]
+
+
 def test_forgetting_text_is_cut_into_windows_with_loss_on_all_but_the_first_token(base, tmp_path):
     raw = write_rows(tmp_path, alpaca(40))
     (tmp_path / "wiki.txt").write_text("The quick brown fox rests. " * 400)

@@ -67,6 +67,19 @@ def test_inst_trains_the_answer_with_its_end_of_text(inst):
     assert [text.strip() for text in trained_texts(inst, CHAT)] == ["It is 42. </s>", "🙂 </s>"]
 
 
+def test_turns_that_are_not_to_be_learnt_carry_no_loss(chatml):
+    first, second, *others = CHAT.messages
+    conversation = CHAT._replace(messages=(first, second._replace(train=False), *others))
+    assert trained_texts(chatml, conversation) == ["🙂<|im_end|>"]
+
+
+def test_loss_can_be_limited_to_the_last_turn_or_spread_over_everything(chatml):
+    template = ChatTemplate(chatml)
+    last, everything = template.render(CHAT, "last_turn"), template.render(CHAT, "everything")
+    assert [last.text[slice(*span)] for span in last.spans] == ["🙂<|im_end|>"]
+    assert everything.spans == ((0, len(everything.text)),)
+
+
 def test_a_token_that_starts_in_the_prompt_is_not_trained(inst):
     rendered = Rendered("what is 12 + 30?", ((6, 16),))
     tokens = tokenize(inst, [rendered])[0]
