@@ -60,6 +60,17 @@ class ModelSnapshot(Artifact):
     dtype: str = "float32"
 
 
+class TwinProof(Record):
+    """What was compared before a full-precision model was accepted as what a quantized one was made from."""
+
+    tensors: int
+    quantized_tensors: int
+    compared_values: int
+    """Elements of norms and embeddings, which quantization leaves alone."""
+    largest_relative_difference: float
+    tokens: int
+
+
 class DataFile(Record):
     """One raw file of a data snapshot, at `snapshot.path / name`."""
 

@@ -222,15 +222,17 @@ class Recipe(Part):
     """Name of the registered model and of the MLflow experiment."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     model: Source
+    merge_base: Source | None = None
+    """For a quantized `model`: the unquantized one that it was made from; `null` looks for it by card and name."""
     data: DataRecipe
     train: TrainRecipe = TrainRecipe()
     merge: MergeRecipe = MergeRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     promotion: PromotionRecipe = PromotionRecipe()
 
-    @field_validator("model")
+    @field_validator("model", "merge_base")
     @classmethod
-    def _a_model_is_a_whole_repository(cls, source: Source) -> Source:
+    def _a_model_is_a_whole_repository(cls, source: Source | None) -> Source | None:
         if isinstance(source, HubSource) and source.file is not None:
             raise PydanticCustomError("model_file", "`file` is for data; a model is taken whole, remove the key")
         return source
@@ -335,4 +337,5 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
             "forgetting": tuple(absolute(s) for s in recipe.data.forgetting),
         }
     )
-    return recipe.model_copy(update={"model": absolute(recipe.model), "data": data})
+    twin = absolute(recipe.merge_base) if recipe.merge_base else None
+    return recipe.model_copy(update={"model": absolute(recipe.model), "merge_base": twin, "data": data})

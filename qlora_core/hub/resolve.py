@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
-from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot
+from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot, TwinProof
+from qlora_core.errors import SourceError
 from qlora_core.events import Note, Report
 from qlora_core.hub.disk import place, require_space
 from qlora_core.hub.resolved import Files, Resolved, Role
-from qlora_core.hub.snapshot import SnapshotSpec
+from qlora_core.hub.snapshot import SnapshotSpec, TwinSpec
 from qlora_core.process import run_child
 from qlora_core.recipe import LocalSource, Source
 from qlora_core.store import discard
@@ -86,6 +87,41 @@ def fetch_model(resolved: Resolved, downloads: Path, into: Path, report: Report)
     return ModelSnapshot.model_validate(record)
 
 
+def find_twin(base: Resolved, snapshot: ModelSnapshot, merge_base: Source | None, downloads: Path) -> Resolved:
+    """The unquantized model that a quantized one was made from; not proven yet, and nothing is fetched.
+
+    Args:
+        base: the quantized model, as resolved.
+        snapshot: the same on disk.
+        merge_base: what the recipe says; None looks for it by the model's card and by its name.
+        downloads: the folder of verified downloads.
+
+    Raises:
+        SourceError: it was not found; the message lists what was tried.
+    """
+    from qlora_core.hub.twin import candidates, explain_no_twin
+
+    if merge_base is not None:
+        return resolve(merge_base, "model", downloads)
+    tried: list[tuple[Source, SourceError]] = []
+    for source in candidates(base, snapshot):
+        try:
+            return resolve(source, "model", downloads)
+        except SourceError as problem:
+            tried.append((source, problem))
+    raise explain_no_twin(base, tried)
+
+
+def prove_twin(quantized: ModelSnapshot, twin: ModelSnapshot, work: Path, report: Report) -> TwinProof:
+    """Compare architecture, tensor names, shapes, unquantized values and tokenizers, in a child process.
+
+    Raises:
+        SourceError: they differ; the message names the field, tensor or token and says what to set.
+    """
+    spec = TwinSpec(quantized=quantized, twin=twin)
+    return TwinProof.model_validate(run_child("qlora_core.hub.twin_proof:prove", spec, work, report))
+
+
 def fetch_data(
     rows: Sequence[Resolved], forgetting: Sequence[Resolved], downloads: Path, into: Path, report: Report
 ) -> DataSnapshot:
@@ -138,8 +174,9 @@ def _place_all(files: Files, into: Path, source: Source) -> None:
 def _unused(target: Path) -> Path:
     """The path itself, or with the first number that makes it unique."""
     number, unused = 2, target
+    stem, dot, suffixes = target.name.partition(".")
     while unused.exists():
-        unused = target.with_name(f"{target.stem}-{number}{target.suffix}")
+        unused = target.with_name(f"{stem}-{number}{dot}{suffixes}")
         number += 1
     return unused
 
@@ -155,4 +192,4 @@ def _kind_of(source: Source) -> _Kind:
     return kind
 
 
-__all__ = ["VERSION", "Resolved", "fetch_data", "fetch_model", "resolve"]
+__all__ = ["VERSION", "Resolved", "fetch_data", "fetch_model", "find_twin", "prove_twin", "resolve"]

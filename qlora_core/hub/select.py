@@ -22,7 +22,8 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 WHOLE = re.compile(r"^model\.safetensors$")
 SHARD = re.compile(r"^model-\d+-of-\d+\.safetensors$")
 GPTQ = re.compile(r"^gptq_model[\w.-]*\.safetensors$")
-DATA_SUFFIXES = (".json", ".jsonl", ".parquet", ".csv", ".txt")
+DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt")
+COMPRESSIONS = (".gz", ".zst")
 
 
 def select_model_files(names: Iterable[str], where: str) -> list[str]:
@@ -49,7 +50,7 @@ def select_data_files(names: Iterable[str], where: str) -> list[str]:
     Raises:
         SourceError: there are none.
     """
-    found = sorted(name for name in names if name.endswith(DATA_SUFFIXES) and not _is_about_data(name))
+    found = sorted(name for name in names if _plain(name).endswith(DATA_SUFFIXES) and not _is_about_data(name))
     if not found:
         raise SourceError(f"{where} holds no data files; they end with {', '.join(DATA_SUFFIXES)}")
     return found
@@ -70,6 +71,11 @@ def _explain_missing_weights(names: list[str], where: str) -> None:
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name, pattern) for pattern in patterns)
+
+
+def _plain(name: str) -> str:
+    """The name without the suffix of a compression."""
+    return next((name.removesuffix(end) for end in COMPRESSIONS if name.endswith(end)), name)
 
 
 def _is_about_data(name: str) -> bool:

@@ -18,6 +18,13 @@ class SnapshotSpec(Record):
     revision: str
 
 
+class TwinSpec(Record):
+    """What the child that compares two models is told."""
+
+    quantized: ModelSnapshot
+    twin: ModelSnapshot
+
+
 def build(spec: dict[str, Any], report: Report) -> ModelSnapshot:
     """Make the folder a plain transformers folder and return its facts.
 
@@ -39,9 +46,15 @@ def build(spec: dict[str, Any], report: Report) -> ModelSnapshot:
         source=asked.source,
         revision=asked.revision,
         architecture=read_architecture(asked.into),
-        quantization=quantization_of(config),
+        quantization=quantization_of(config) or _auto_gptq(asked.into),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
     )
+
+
+def _auto_gptq(folder: Path) -> str | None:
+    """Checkpoints that auto-gptq wrote may say how they are quantized in a file of their own."""
+    file = folder / "quantize_config.json"
+    return f"gptq-int{json.loads(file.read_text())['bits']}" if file.is_file() else None
 
 
 def quantization_of(config: dict[str, Any]) -> str | None:

@@ -9,10 +9,11 @@ from typing import NamedTuple
 
 import pytest
 
+from qlora_core.artifacts import Architecture, ModelSnapshot
 from qlora_core.errors import SourceError, SourceUnavailableError
 from qlora_core.events import Event, Progress, ignore
 from qlora_core.hub import disk, repository
-from qlora_core.hub.resolve import fetch_data, fetch_model, resolve
+from qlora_core.hub.resolve import fetch_data, fetch_model, find_twin, resolve
 from qlora_core.recipe import HubSource
 from tests.integration.hub_server import Fault, HubServer, running
 from tests.tiny import write_model
@@ -28,6 +29,18 @@ MODEL = {
 }
 NEEDED = ["README.md", "config.json", "model.safetensors", "tokenizer.json"]
 NEVER_ANSWERS = "http://127.0.0.1:1"
+FACTS = Architecture(
+    model_type="llama",
+    layers=1,
+    hidden=8,
+    intermediate=8,
+    heads=1,
+    kv_heads=1,
+    vocab=8,
+    context_tokens=8,
+    parameters=8,
+    tied_embeddings=True,
+)
 
 
 class Place(NamedTuple):
@@ -262,3 +275,15 @@ def test_a_model_of_a_hub_becomes_a_snapshot(hub, tmp_path):
     assert snapshot.source == f"{hub.name} acme/tiny@{resolved.revision[:12]}"
     assert (snapshot.architecture.layers, snapshot.quantization) == (2, None)
     assert sorted(file.name for file in snapshot.path.iterdir()) == sorted(file.name for file in folder.iterdir())
+
+
+def test_the_twin_of_a_quantized_model_is_found_by_its_card_or_its_name(hub):
+    hub.server.commit("models", "acme/tiny-Int4", MODEL)
+    hub.server.commit("models", "acme/original", MODEL)
+    base = resolve(hub.source(repo="acme/tiny-Int4"), "model", hub.downloads)
+    folder = hub.downloads.parent / "quantized"
+    folder.mkdir()
+    snapshot = ModelSnapshot(path=folder, source="", revision="", architecture=FACTS, quantization="gptq-int4")
+    assert find_twin(base, snapshot, None, hub.downloads).source.repo == "acme/tiny"
+    (folder / "README.md").write_text("---\nbase_model: acme/original\n---\n")
+    assert find_twin(base, snapshot, None, hub.downloads).source.repo == "acme/original"
