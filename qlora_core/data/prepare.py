@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerFast
 from qlora_core.artifacts import DataSnapshot, ModelSnapshot, PreparedDataset
 from qlora_core.data.candidates import Candidates
 from qlora_core.data.output import Output
-from qlora_core.data.packing import efficiency
 from qlora_core.data.pipeline import finish
 from qlora_core.data.read import inspect, read_text
 from qlora_core.data.reuse import Earlier, comparable
@@ -24,6 +23,7 @@ from qlora_core.data.template import ChatTemplate
 from qlora_core.data.tokenize import segments
 from qlora_core.errors import DataError
 from qlora_core.events import Note, Progress, Report
+from qlora_core.modeling.packing import efficiency
 from qlora_core.modeling.rows import TokenRow, write_token_rows
 from qlora_core.modeling.tokenizer import load_tokenizer, template_digest, tokenizer_digest
 from qlora_core.recipe import DataRecipe

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_core.data.conversation import Conversation
 from qlora_core.data.fit import fit
 from qlora_core.data.formats import to_conversation
-from qlora_core.data.packing import efficiency
+from qlora_core.modeling.packing import efficiency
 from qlora_core.data.read import read_rows
 from qlora_core.data.reasons import RowProblem
 from qlora_core.data.template import ChatTemplate
