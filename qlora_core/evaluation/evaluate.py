@@ -19,7 +19,7 @@ from qlora_core.events import Report
 from qlora_core.process import run_child
 from qlora_core.recipe import EvaluationRecipe
 
-VERSION = 1
+VERSION = 2
 KEEP = FILES
 """What belongs to the scores of a model; the child's own folder does not."""
 

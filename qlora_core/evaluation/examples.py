@@ -49,11 +49,20 @@ def compare_answers(answers: Mapping[str, Sequence[ScoredAnswer]], most: int) ->
     lost = [index for index in order if gains[index] < 0]
     gained = [index for index in reversed(order) if gains[index] > 0]
     same = [index for index in order if gains[index] == 0]
+    lost, gained, same = (_varied(part, rows) for part in (lost, gained, same))
     losses = min(len(lost), max(most // 2, most - len(gained) - len(same)))
     gains_shown = max(0, most - losses - min(2, len(same)))
     chosen = [*lost[:losses], *gained[:gains_shown], *same][:most]
     examples = [_example(rows[index], gains[index]) for index in chosen]
     return Comparison(rival, len(gained), len(lost), len(rows), examples)
+
+
+def _varied(indices: Sequence[int], rows: Sequence[Mapping[str, ScoredAnswer]]) -> list[int]:
+    """The same rows, the first of each expected answer before its repetitions."""
+    first: dict[str, int] = {}
+    for index in indices:
+        first.setdefault(rows[index]["candidate"].expected, index)
+    return [*first.values(), *(index for index in indices if index not in first.values())]
 
 
 def _quality(answer: ScoredAnswer) -> float:

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -86,6 +87,7 @@ def write_report(
             comparison=comparison,
             plots=_plots(dataset, context),
             dataset=dataset,
+            created=format_time(context.created),
             seconds=format_seconds,
         )
     )
@@ -137,6 +139,12 @@ def format_score(name: str, value: float | None) -> str:
     if describe(name).unit == "share":
         return f"{100 * value:.1f}{NARROW_SPACE}%"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}"
+
+
+def format_time(iso: str) -> str:
+    """`5 January 2026, 13:45 UTC`."""
+    time = datetime.fromisoformat(iso).astimezone(UTC)
+    return f"{time.day} {time:%B %Y, %H:%M} UTC"
 
 
 def format_seconds(seconds: float) -> str:

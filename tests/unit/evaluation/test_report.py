@@ -10,7 +10,7 @@ from qlora_core.artifacts import Differences, Interval, ModelScores, PreparedDat
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.evaluate import ReportContext, compare, differences
 from qlora_core.evaluation.examples import compare_answers
-from qlora_core.evaluation.report import format_score, format_seconds
+from qlora_core.evaluation.report import format_score, format_seconds, format_time
 from qlora_core.evaluation.scored import ScoredAnswer
 from qlora_core.gates import decide
 from qlora_core.recipe import Gate
@@ -250,6 +250,13 @@ def test_the_rows_that_the_candidate_lost_to_the_champion_come_first() -> None:
     assert [example.row_id for example in comparison.examples] == ["row-2", "row-3", "row-0", "row-5"]
 
 
+def test_examples_show_different_answers_before_they_repeat_one() -> None:
+    base, candidate = answers("base", [0] * 4), answers("candidate", [1] * 4)
+    candidate = [row.model_copy(update={"expected": text}) for row, text in zip(candidate, "aaba", strict=True)]
+    comparison = compare_answers({"base": base, "candidate": candidate}, most=3)
+    assert [example.expected for example in comparison.examples] == ["a", "b", "a"]
+
+
 def test_without_a_champion_examples_show_what_the_base_did() -> None:
     comparison = compare_answers(
         {"base": answers("base", [0] * 10), "candidate": answers("candidate", [1] * 9 + [0])}, most=8
@@ -265,3 +272,7 @@ def test_intervals_in_the_report_are_those_that_gates_are_asked_with(
     report = compare(base, candidate, None, decide_on(CANDIDATE), dataset, CONTEXT, tmp_path)
     assert report.differences == differences(base, candidate, None)
     assert report.differences["base"]["valid_call"] == Interval(low=1, high=1)
+
+
+def test_a_time_is_written_in_utc() -> None:
+    assert format_time("2026-01-02T01:04:05+02:00") == "1 January 2026, 23:04 UTC"
