@@ -38,7 +38,7 @@ def _describe(dataset: PreparedDataset, raw: DataSnapshot) -> Described:
     return Described(
         metrics=counts,
         tags={"qlora.digest": dataset.digest, "qlora.template": dataset.template_digest},
-        artifacts=tuple((dataset.path / name, "") for name in ("summary.json", "preview.json")),
+        artifacts=tuple((dataset.path / name, "") for name in ("summary.json", "preview.json", "page.html")),
         dataset=(raw.rows[0].name, dataset.digest, raw.rows[0].source),
     )
 

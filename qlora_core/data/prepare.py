@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from qlora_core.artifacts import DataSnapshot, ModelSnapshot, PreparedDataset
 from qlora_core.data.candidates import Candidates
 from qlora_core.data.output import Output
+from qlora_core.data.page import render_page
 from qlora_core.data.pipeline import finish
 from qlora_core.data.read import inspect, read_text
 from qlora_core.data.reuse import Earlier, comparable
@@ -43,7 +44,7 @@ def prepare(
     report: Report,
     earlier: PreparedDataset | None = None,
 ) -> PreparedDataset:
-    """Write the files that `modeling/rows.py` describes, with summary.json and preview.json, into `into`.
+    """Write the files that `modeling/rows.py` describes, with summary.json, preview.json and page.html, into `into`.
 
     Args:
         recipe: what to do with the rows.
@@ -124,7 +125,7 @@ def _write_forgetting(recipe: DataRecipe, raw: DataSnapshot, tokenizer: PreTrain
 def _describe(
     into: Path, record: PreparedDataset, tally: Tally, output: Output, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Write summary.json and preview.json, for people and pages."""
+    """Write summary.json, preview.json and page.html, for people."""
     facts = record.model_dump(mode="json", exclude={"path", "digest", "fingerprint", "dropped"})
     summary = {
         "read_rows": tally.read,
@@ -136,6 +137,7 @@ def _describe(
     shown = [{"row_id": name, "segments": segments(tokenizer, tokens)} for name, tokens in output.preview]
     write_atomically(into / "summary.json", json.dumps(summary, ensure_ascii=False, indent=1))
     write_atomically(into / "preview.json", json.dumps(shown, ensure_ascii=False, indent=1))
+    write_atomically(into / "page.html", render_page(summary, shown))
 
 
 def _sentence(record: PreparedDataset) -> str:

@@ -170,3 +170,13 @@ def test_two_runs_write_the_same_bytes(base, tmp_path):
         run(base, raw, tmp_path / into)
     for file in sorted((tmp_path / "one").iterdir()):
         assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes()
+
+
+def test_the_page_shows_reasons_and_trained_text_and_escapes_what_rows_say(base, tmp_path):
+    rows = [{"instruction": f"<b>{at}</b>", "output": "<script>alert(1)</script>"} for at in range(40)]
+    run(base, write_rows(tmp_path, [*rows, rows[0]]), tmp_path / "out")
+    page = (tmp_path / "out" / "page.html").read_text()
+    assert '<span class="trained">&lt;script&gt;alert(1)&lt;/script&gt;&lt;|im_end|&gt;</span>' in page
+    assert "<script>" not in page
+    assert "<code>duplicate</code>" in page
+    assert "rows.jsonl:41" in page
