@@ -155,6 +155,20 @@ class MergedModel(Artifact):
     proof: MergeProof
 
 
+class ExportedModel(Artifact):
+    """A merged model in 4 bits, with what that costs on held-out rows."""
+
+    kind: Literal["nf4", "gptq-int4"]
+    model_digest: str
+    bytes: int
+    """Of its weights."""
+    losses: Scores
+    """Loss of `merged` and `exported`, in nats."""
+    kl_divergence: float
+    top1_agreement: float
+    probe_tokens: int
+
+
 class Interval(Record):
     """Where a value lies with 95 % confidence."""
 

@@ -118,6 +118,7 @@ def save_rows(folder: Path, tokenizer_folder: Path) -> PreparedDataset:
         TokenRow(f"row-{n}", generator.integers(3, 250, 24).astype(np.int32), np.ones(24, np.uint8)) for n in range(6)
     ]
     write_token_rows(folder / "evaluation.arrow", rows)
+    write_token_rows(folder / "train.arrow", rows)
     tokenizer = load_tokenizer(tokenizer_folder)
     prompt = "<|im_start|>user\nA question.<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(prompt)["input_ids"]

@@ -1,0 +1,224 @@
+"""How fast a merge is, beside copying the same files and beside PEFT's way, in one run on one machine.
+
+    python tests/bench/merge_speed.py --shape 1.5B --folder /var/tmp/merge-bench
+
+Random bf16 weights of a real shape (Qwen2.5-1.5B: 3 GB, Qwen2.5-7B: 15 GB) and an adapter of rank 16 on all linear
+layers. Each way runs in a process of its own; wall time starts after its imports, peak memory is that of the whole
+process. Cold means that the kernel was told to forget the input files. Results are appended to results/merge.jsonl.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+SHAPES = {
+    "0.5B": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14},
+    "1.5B": {"hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12},
+    "7B": {"hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28, "num_attention_heads": 28},
+}
+VOCABULARY = {"0.5B": 151936, "1.5B": 151936, "7B": 152064}
+KV_HEADS = {"0.5B": 2, "1.5B": 2, "7B": 4}
+RANK = 16
+LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+RESULTS = Path(__file__).parent / "results" / "merge.jsonl"
+GB = 10**9
+
+
+def make_base(shape: str, folder: Path) -> dict[str, torch.Size]:
+    """A random checkpoint in shards of 2 GB; returns the shapes of its tensors by name."""
+    config = Qwen2Config(
+        vocab_size=VOCABULARY[shape],
+        num_key_value_heads=KV_HEADS[shape],
+        tie_word_embeddings=shape != "7B",
+        dtype="bfloat16",
+        **SHAPES[shape],
+    )
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+    folder.mkdir(parents=True)
+    names = list(_shards(shapes))
+    weight_map = {}
+    for at, shard in enumerate(names, start=1):
+        file = f"model-{at:05d}-of-{len(names):05d}.safetensors"
+        save_file({name: _random(shapes[name], at) for name in shard}, folder / file, {"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.architectures = ["Qwen2ForCausalLM"]
+    config.save_pretrained(folder)
+    return shapes
+
+
+def make_adapter(shapes: dict[str, torch.Size], folder: Path) -> None:
+    """An adapter in PEFT's format."""
+    folder.mkdir(parents=True)
+    tensors = {}
+    for name, (rows, columns) in (
+        (n, s) for n, s in shapes.items() if n.endswith(tuple(f"{x}.weight" for x in LINEARS))
+    ):
+        module = f"base_model.model.{name.removesuffix('.weight')}"
+        tensors[f"{module}.lora_A.weight"] = torch.randn(RANK, columns) * 0.02
+        tensors[f"{module}.lora_B.weight"] = torch.randn(rows, RANK) * 0.02
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "target_modules": LINEARS}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def copy(folder: Path) -> float:
+    start = time.perf_counter()
+    subprocess.run(["cp", "-r", folder / "base", folder / "out"], check=True)
+    return time.perf_counter() - start
+
+
+def merge_here(folder: Path) -> float:
+    return _merge_here(folder, prove=False)
+
+
+def merge_and_compare_here(folder: Path) -> float:
+    return _merge_here(folder, prove=True)
+
+
+def _merge_here(folder: Path, prove: bool) -> float:
+    from qlora_core.events import ignore
+    from qlora_core.merging.adapter import read_changes
+    from qlora_core.merging.compare import compare
+    from qlora_core.merging.tensors import lay_out, read_folder, write_index
+    from qlora_core.merging.write import write_shards
+
+    threads, out = torch.get_num_threads(), folder / "out"
+    out.mkdir()
+    start = time.perf_counter()
+    base = read_folder(folder / "base")
+    changes = read_changes(folder / "adapter", base, tied=False)
+    shards = lay_out(base.values(), None, 2 * GB, out)
+    write_shards(shards, base, changes, threads, ignore)
+    write_index(shards, out)
+    if prove:
+        compare(base, read_folder(out), changes.keys(), threads)
+    return time.perf_counter() - start
+
+
+def merge_by_peft(folder: Path) -> float:
+    from peft import PeftModel
+
+    start = time.perf_counter()
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, low_cpu_mem_usage=True)
+    merged = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
+    merged.save_pretrained(folder / "out", max_shard_size="2GB")
+    return time.perf_counter() - start
+
+
+WAYS: dict[str, Callable[[Path], float]] = {
+    "cp": copy,
+    "merge": merge_here,
+    "merge and compare every tensor": merge_and_compare_here,
+    "peft": merge_by_peft,
+}
+
+
+def measure(way: str, folder: Path, cold: bool) -> dict[str, float | str | bool]:
+    """Run one way in a fresh process; the output is removed afterwards."""
+    shutil.rmtree(folder / "out", ignore_errors=True)
+    os.sync()
+    for file in (folder / "base").iterdir():
+        _forget(file) if cold else _read(file)
+    command = [sys.executable, __file__, "--folder", str(folder), "--way", way]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    measured = json.loads(done.stdout.splitlines()[-1])
+    shutil.rmtree(folder / "out")
+    return {"way": way, "cold": cold, **measured}
+
+
+def one(way: str, folder: Path) -> None:
+    """Run one way here and print its wall time and the peak memory of this process (for cp: of no interest)."""
+    wall_s = WAYS[way](folder)
+    peak_kib = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+    print(json.dumps({"wall_s": round(wall_s, 2), "peak_memory_gib": round(peak_kib / 2**20, 2)}))  # noqa: T201
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--shape", choices=SHAPES, default="1.5B")
+    arguments.add_argument("--folder", type=Path, required=True, help="a new folder on the disk to measure")
+    arguments.add_argument("--repeat", type=int, default=3, help="of all ways but PEFT's, which is slow")
+    arguments.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    chosen = arguments.parse_args()
+    if chosen.way:
+        one(chosen.way, chosen.folder)
+        return
+    torch.manual_seed(0)
+    make_adapter(make_base(chosen.shape, chosen.folder / "base"), chosen.folder / "adapter")
+    machine = _machine(chosen.shape, chosen.folder)
+    for cold in (False, True):
+        for turn in range(chosen.repeat):
+            for way in WAYS if turn == 0 else [way for way in WAYS if way != "peft"]:
+                row = {**machine, **measure(way, chosen.folder, cold)}
+                print(row, flush=True)  # noqa: T201
+                RESULTS.parent.mkdir(exist_ok=True)
+                with RESULTS.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+    shutil.rmtree(chosen.folder)
+
+
+def _shards(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:
+    shard: list[str] = []
+    filled = 0
+    for name, shape in shapes.items():
+        if shard and filled + 2 * shape.numel() > 2 * GB:
+            yield shard
+            shard, filled = [], 0
+        shard.append(name)
+        filled += 2 * shape.numel()
+    yield shard
+
+
+def _random(shape: torch.Size, seed: int) -> torch.Tensor:
+    """Normal values with a period of about a million: quick to make, and no two rows of a tensor are alike."""
+    torch.manual_seed(seed)
+    pool = (torch.randn(1_000_003) * 0.02).to(torch.bfloat16)
+    return pool.repeat(shape.numel() // len(pool) + 1)[: shape.numel()].view(shape).clone()
+
+
+def _forget(file: Path) -> None:
+    descriptor = os.open(file, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(descriptor)
+
+
+def _read(file: Path) -> None:
+    with file.open("rb") as stream:
+        while stream.read(1 << 24):
+            pass
+
+
+def _machine(shape: str, folder: Path) -> dict[str, float | str | int]:
+    size = sum(file.stat().st_size for file in (folder / "base").iterdir())
+    return {
+        "bench": "merge",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "shape": f"Qwen2.5-{shape}",
+        "checkpoint_gb": round(size / GB, 2),
+        "rank": RANK,
+        "device": f"CPU {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "python": platform.python_version(),
+        **{name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
+    }
+
+
+if __name__ == "__main__":
+    main()

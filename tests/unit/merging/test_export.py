@@ -1,0 +1,70 @@
+"""Merged models in 4 bits."""
+
+import importlib.util
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from qlora_core.artifacts import MergedModel, MergeProof
+from qlora_core.events import ignore
+from qlora_core.merging.export import ExportSpec, Kind
+from qlora_core.merging.export_worker import work
+from qlora_core.merging.spec import MergeSpec
+from qlora_core.merging.worker import write_model
+
+
+def export_spec(case: MergeSpec, kind: Kind, into: Path) -> ExportSpec:
+    changed = write_model(case, ignore)
+    proof = MergeProof(
+        tensors=21,
+        changed=changed,
+        unchanged=7,
+        largest_logit_difference=0.0,
+        kl_divergence=0.0,
+        top1_agreement=1.0,
+        probe_tokens=1,
+    )
+    model = MergedModel(
+        path=case.into,
+        digest="f" * 64,
+        base_digest=case.base.digest,
+        adapter_digest=case.adapter.digest,
+        dtype=case.base.dtype,
+        proof=proof,
+    )
+    return ExportSpec(kind=kind, model=model, dataset=case.dataset, into=into)
+
+
+KINDS = [
+    pytest.param("nf4", "bitsandbytes"),
+    pytest.param(
+        "gptq-int4",
+        "gptq",
+        marks=[
+            pytest.mark.slow,
+            pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="GPTQModel is an extra"),
+        ],
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "method"), KINDS)
+def test_an_export_loads_by_itself_and_is_measured(
+    make_case: Callable[..., MergeSpec], tmp_path: Path, kind: Kind, method: str
+) -> None:
+    case = make_case("llama", torch.bfloat16, hidden=128)
+    exported = work(export_spec(case, kind, tmp_path / "export").model_dump(mode="json"), ignore)
+    folder = exported.path / "model"
+    settings = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert settings["quant_method"] == method
+    assert not settings.get("dataset")
+    assert 0 < exported.kl_divergence < 1
+    assert exported.losses["exported"] == pytest.approx(exported.losses["merged"], rel=0.2)
+    assert exported.bytes < (case.into / "model" / "model.safetensors").stat().st_size
+    assert AutoTokenizer.from_pretrained(folder).chat_template is not None
+    stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
+    assert stops == json.loads((case.into / "model" / "generation_config.json").read_text())["eos_token_id"]
