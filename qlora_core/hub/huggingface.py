@@ -21,7 +21,7 @@ from huggingface_hub.utils.tqdm import tqdm
 
 from qlora_core.errors import SourceUnavailableError
 from qlora_core.events import Progress, Report
-from qlora_core.hub.patience import BusyError, patiently
+from qlora_core.hub.network import BusyError, patiently
 from qlora_core.hub.repository import RemoteFile, explain_absence, explain_refusal
 from qlora_core.hub.resolved import Role
 from qlora_core.recipe import HubSource

@@ -25,7 +25,7 @@ from modelscope_hub.errors import (
 
 from qlora_core.errors import SourceError, SourceUnavailableError
 from qlora_core.events import Progress, Report
-from qlora_core.hub.patience import BusyError, patiently
+from qlora_core.hub.network import BusyError, patiently
 from qlora_core.hub.repository import COMMIT, RemoteFile, explain_absence, explain_refusal
 from qlora_core.hub.resolved import Role
 from qlora_core.recipe import HubSource

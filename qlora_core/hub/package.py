@@ -20,6 +20,7 @@ from qlora_core.events import Report
 from qlora_core.hub.archive import extract
 from qlora_core.hub.disk import hash_files
 from qlora_core.hub.download import TIMEOUT_S, download, patient_session
+from qlora_core.hub.network import is_offline
 from qlora_core.hub.resolved import Files, Resolved, Role
 from qlora_core.recipe import PackageSource
 
@@ -91,6 +92,10 @@ def _is_archive(name: str) -> bool:
 def _index() -> Iterator[PyPISimple]:
     """The index that pip would ask, as a client whose troubles become our errors."""
     url = os.environ.get("PIP_INDEX_URL", PYPI_SIMPLE_ENDPOINT)
+    if is_offline():
+        raise SourceUnavailableError(
+            f"the release file is not here, and HF_HUB_OFFLINE forbids asking {_without_secrets(url)}; unset it"
+        )
     try:
         with PyPISimple(url, session=patient_session()) as index:
             yield index

@@ -24,6 +24,7 @@ from qlora_core.artifacts import Record
 from qlora_core.errors import SourceError, SourceUnavailableError
 from qlora_core.events import Note, Report
 from qlora_core.hub.disk import hash_files, require_space
+from qlora_core.hub.network import is_offline
 from qlora_core.hub.resolved import Files, Resolved, Role
 from qlora_core.hub.select import select_data_files, select_model_files
 from qlora_core.recipe import HubSource
@@ -122,11 +123,6 @@ def data_files(source: HubSource, resolved: Resolved, downloads: Path, scratch: 
         raise SourceError(f"{where} holds no file {source.file}; it has {', '.join(near)}")
     names = [source.file] if source.file is not None else select_data_files(tree, where)
     return _fetch(source, "data", resolved.revision, [tree[name] for name in names], downloads, report)
-
-
-def is_offline() -> bool:
-    """Whether `HF_HUB_OFFLINE` forbids asking any hub; huggingface_hub and transformers obey the same switch."""
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _commit_of(source: HubSource, role: Role, downloads: Path) -> str:

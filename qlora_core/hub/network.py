@@ -1,5 +1,6 @@
-"""Ask a server again while its troubles look temporary."""
+"""Whether servers may be asked at all, and how to ask again while their troubles look temporary."""
 
+import os
 import time
 from collections.abc import Callable
 from typing import TypeVar
@@ -18,6 +19,11 @@ class BusyError(Exception):
     def __init__(self, message: str, wait_s: float = 0.0) -> None:
         super().__init__(message)
         self.wait_s = wait_s
+
+
+def is_offline() -> bool:
+    """Whether `HF_HUB_OFFLINE` forbids asking any server; huggingface_hub and transformers obey the same switch."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def patiently(call: Callable[[], T], what: str) -> T:
