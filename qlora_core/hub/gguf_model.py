@@ -1,6 +1,7 @@
 """Turn a GGUF file into a plain transformers folder: dequantized safetensors, tokenizer, chat template."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,17 @@ def convert(gguf: Path, into: Path, report: Report) -> None:
     tokenizer.save_pretrained(into)
     _edit(into / "config.json", remove="_model_name_or_path")
     _edit(into / "tokenizer_config.json", remove="backend", tokenizer_class="PreTrainedTokenizerFast")
+    write_atomically(into / "README.md", _card(gguf.name, header.metadata))
+
+
+def _card(name: str, metadata: dict[str, Any]) -> str:
+    """A model card with the licence that the file declares, which whatever is made from the model must keep."""
+    declared = str(metadata.get("general.license", ""))
+    licence = f"license: {declared}\n" if re.fullmatch(r"[\w.-]+", declared) else ""
+    stored = str(STORAGE).removeprefix("torch.")
+    return (
+        f"---\n{licence}library_name: transformers\n---\n\n# {name}\n\nDequantized to {stored} from this GGUF file.\n"
+    )
 
 
 def _check(gguf: Path, header: GgufHeader) -> None:

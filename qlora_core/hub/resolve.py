@@ -19,7 +19,7 @@ from qlora_core.process import run_child
 from qlora_core.recipe import LocalSource, Source
 from qlora_core.store import discard
 
-VERSION = 1
+VERSION = 2
 """Of the model stage; raised when the same source gives other files than before."""
 
 KINDS = {

@@ -21,17 +21,19 @@ def local(path):
 
 
 def test_a_gguf_file_becomes_a_plain_transformers_folder(tmp_path, make_gguf, events):
-    weights = make_gguf(tmp_path / "tiny.gguf")
+    weights = make_gguf(tmp_path / "tiny.gguf", add_license="apache-2.0")
     resolved = resolve(local(tmp_path / "tiny.gguf"), "model", tmp_path / "downloads")
     snapshot = fetch_model(resolved, tmp_path / "downloads", tmp_path / "model", events.append)
 
     assert sorted(file.name for file in snapshot.path.iterdir()) == [
+        "README.md",
         "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
         "tokenizer_config.json",
     ]  # fmt: skip
     assert (snapshot.dtype, snapshot.quantization, snapshot.revision) == ("bfloat16", None, resolved.revision)
     assert (snapshot.architecture.layers, snapshot.architecture.tied_embeddings) == (2, True)
     assert snapshot.architecture.parameters == sum(tensor.size for tensor in weights.values())
+    assert "license: apache-2.0" in (snapshot.path / "README.md").read_text()
     assert any(isinstance(event, Note) and "dequantizing" in event.message for event in events)
     model = AutoModelForCausalLM.from_pretrained(snapshot.path, dtype=torch.float32)
     torch.testing.assert_close(
