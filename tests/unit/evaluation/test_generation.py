@@ -1,8 +1,9 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from qlora_core.artifacts import PreparedDataset
 from qlora_core.evaluation.generation import end_of_turn_ids, generate
@@ -51,6 +52,37 @@ def test_batched_answers_are_those_of_plain_generation(
     )
     assert [answer.ids for answer in answers] == expected
     assert not any(answer.stopped for answer in answers)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        {"model_type": "mistral", "sliding_window": 8},
+        {"model_type": "qwen3", "head_dim": 8},
+        {"model_type": "gemma3_text", "head_dim": 8, "sliding_window": 8},
+    ],
+    ids=lambda family: family["model_type"],
+)
+def test_models_that_look_back_in_other_ways_answer_as_in_plain_generation(
+    family: dict[str, Any], prompts: list[list[int]]
+) -> None:
+    torch.manual_seed(5)
+    config = AutoConfig.for_model(
+        **family,
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+    )
+    other = AutoModelForCausalLM.from_config(config).eval()
+    stop = one_by_one(other, prompts[0], 20)[6]
+    expected = [one_by_one(other, prompt, 20) for prompt in prompts]
+    answers = generate(other, prompts, frozenset({stop}), Generation(max_new_tokens=20, batch_size=5), lambda _: None)
+    assert [answer.ids for answer in answers] == [ids[: ids.index(stop)] if stop in ids else ids for ids in expected]
 
 
 def test_a_row_that_ends_leaves_the_batch_and_the_others_go_on_as_before(
