@@ -176,26 +176,16 @@ def _bar(what: str, total_bytes: int, report: Report) -> type[tqdm]:
     """A progress bar for the client that draws nothing and reports the bytes of all files together."""
 
     class Bar(tqdm):
-        told = 0.0
-
         def __init__(self, *args: Any, **options: Any) -> None:
             self._counts_transfer = options.get("unit") == "B" and str(options.get("desc", "")).startswith("Download")
-            options.pop("name", None)
-            super().__init__(*args, **{**options, "file": _Nowhere(), "disable": False})
+            self._done, self._told = 0, 0.0
+            super().__init__(*args, **{**options, "disable": True})
 
         def update(self, n: float | None = 1) -> bool | None:
-            drawn: bool | None = super().update(n)
-            if self._counts_transfer and time.monotonic() - self.told > REPORT_EVERY_S:
-                self.told = time.monotonic()
-                report(Progress(what=what, done=min(int(self.n), total_bytes), total=total_bytes, unit="bytes"))
-            return drawn
+            self._done += int(n or 0)
+            if self._counts_transfer and time.monotonic() - self._told > REPORT_EVERY_S:
+                self._told = time.monotonic()
+                report(Progress(what=what, done=min(self._done, total_bytes), total=total_bytes, unit="bytes"))
+            return None
 
     return Bar
-
-
-class _Nowhere:
-    """A file that forgets what is written to it."""
-
-    def write(self, text: str) -> None: ...
-
-    def flush(self) -> None: ...

@@ -80,7 +80,7 @@ def resolve(source: HubSource, role: Role, downloads: Path) -> Resolved:
         SourceUnavailableError: at least one could not be asked, so that a later attempt may succeed.
     """
     problems: list[SourceError] = []
-    for candidate in (source, *source.alternatives):
+    for candidate in _places(source):
         try:
             commit = _commit_of(candidate, role, downloads)
         except SourceError as problem:
@@ -95,6 +95,11 @@ def resolve(source: HubSource, role: Role, downloads: Path) -> Resolved:
             )
     kind = SourceUnavailableError if any(isinstance(p, SourceUnavailableError) for p in problems) else SourceError
     raise kind("; ".join(str(problem) for problem in problems))
+
+
+def _places(source: HubSource) -> list[HubSource]:
+    """The source and its alternatives, in the order in which they are tried."""
+    return [source, *(place for alternative in source.alternatives for place in _places(alternative))]
 
 
 def model_files(source: HubSource, resolved: Resolved, downloads: Path, scratch: Path, report: Report) -> Files:

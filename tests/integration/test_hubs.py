@@ -287,3 +287,18 @@ def test_the_twin_of_a_quantized_model_is_found_by_its_card_or_its_name(hub):
     assert find_twin(base, snapshot, None, hub.downloads).source.repo == "acme/tiny"
     (folder / "README.md").write_text("---\nbase_model: acme/original\n---\n")
     assert find_twin(base, snapshot, None, hub.downloads).source.repo == "acme/original"
+
+
+def test_a_file_name_that_leaves_the_folder_is_refused(hub):
+    hub.server.commit("models", "acme/tiny", {**MODEL, "../../evil.json": b"{}"})
+    with pytest.raises(SourceError, match=r"lists a file named '\.\./\.\./evil\.json', which is no safe path"):
+        hub.model()
+    assert hub.server.downloads() == []
+
+
+def test_a_missing_client_says_what_to_install(hub, monkeypatch):
+    library = {"huggingface": "huggingface_hub", "modelscope": "modelscope_hub"}[hub.name]
+    monkeypatch.setitem(sys.modules, library, None)
+    monkeypatch.delitem(sys.modules, f"qlora_core.hub.{hub.name}", raising=False)
+    with pytest.raises(SourceError, match=rf"pip install 'qlora-flows\[{hub.name}\]'"):
+        resolve(hub.source(), "model", hub.downloads)
