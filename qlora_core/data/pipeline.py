@@ -16,7 +16,7 @@ from qlora_core.data.output import Finished
 from qlora_core.data.template import Rendered
 from qlora_core.data.tokenize import Tokens, tokenize
 
-CHUNK_ROWS = 512
+CHUNK_ROWS = 2048
 WORKERS = 2
 """While one thread tokenizes, the other makes arrays of what came out."""
 CHUNKS_AHEAD = 3
