@@ -12,7 +12,7 @@ from qlora_core.artifacts import (
 )
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.bootstrap import interval_of_difference
-from qlora_core.evaluation.metrics import find_metrics, known_metrics
+from qlora_core.evaluation.metrics import check_metrics, find_metrics, known_metrics
 from qlora_core.evaluation.records import EvaluationSpec, ReportContext
 from qlora_core.evaluation.scored import FILES, read_rows, row_sums
 from qlora_core.events import Report
@@ -109,4 +109,4 @@ def _intervals(candidate: ModelScores, other: ModelScores, name: str) -> Interva
     return {score: interval_of_difference(ours[score], theirs[score]) for score in ours if score in theirs}
 
 
-__all__ = ["KEEP", "VERSION", "ReportContext", "compare", "differences", "evaluate", "known_metrics"]
+__all__ = ["KEEP", "VERSION", "ReportContext", "check_metrics", "compare", "differences", "evaluate", "known_metrics"]

@@ -14,7 +14,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Literal, NamedTuple
 
 from qlora_core.errors import EvaluationError, RecipeError
-from qlora_core.recipe import EvaluationRecipe
+from qlora_core.recipe import EvaluationRecipe, Gate
 
 ENTRY_POINTS = "qlora_flows.metrics"
 
@@ -63,6 +63,10 @@ SCORES: dict[str, Score] = {
     "generation_tokens_per_s": Score("Generated tokens per second", lower_is_better=None),
     "latency_s": Score("Seconds for one answer", lower_is_better=True),
 }
+ABOUT_ANSWERS = {"stops_by_itself", "answer_tokens", "generation_tokens_per_s"}
+"""What is known of every model that gave answers, whichever metric asked for them."""
+TIMED = {"generation_tokens_per_s", "latency_s"}
+"""Scores that are not sums over rows, so that rows say nothing about how sure they are."""
 
 
 def describe(score: str) -> Score:
@@ -93,6 +97,38 @@ def find_metrics(names: Iterable[str]) -> dict[str, Metric]:
             hint = f"did you mean `{near[0]}`?" if near else f"allowed: {', '.join(known)}"
             raise RecipeError(f"evaluation.metrics names `{name}`, which is no metric; {hint}")
     return found
+
+
+def check_metrics(recipe: EvaluationRecipe, gates: Iterable[Gate]) -> None:
+    """Whether every metric can be scored here and every gate will find its score, before anything is computed.
+
+    Raises:
+        RecipeError: a metric does not exist or lacks a package or a key, or a gate asks for what nobody scores.
+    """
+    metrics = find_metrics(recipe.metrics)
+    make_scorer(metrics, recipe)
+    if any(not metric.scores for metric in metrics.values()):
+        return  # what a package of one's own scores is known only from its answers
+    scored = {*METRICS["loss"].scores, *(score for metric in metrics.values() for score in metric.scores)}
+    if any(metric.needs == "answers" for metric in metrics.values()):
+        scored |= ABOUT_ANSWERS
+    for gate in gates:
+        if gate.metric not in scored:
+            raise RecipeError(_unscored(gate.metric, scored))
+        if gate.significant and gate.metric in TIMED:
+            raise RecipeError(
+                f"the gate on `{gate.metric}` asks for significance, which a time has none of; give it a `tolerance`"
+            )
+
+
+def _unscored(score: str, scored: set[str]) -> str:
+    makers = [name for name, metric in METRICS.items() if score in metric.scores]
+    near = difflib.get_close_matches(score, scored, n=1)
+    if makers:
+        hint = f"add `{makers[0]}` to evaluation.metrics"
+    else:
+        hint = f"did you mean `{near[0]}`?" if near else f"the recipe scores {', '.join(sorted(scored))}"
+    return f"a gate asks for `{score}`, which no metric of this recipe scores; {hint}"
 
 
 def make_scorer(metrics: Mapping[str, Metric], recipe: EvaluationRecipe) -> AnswerScorer:

@@ -8,12 +8,13 @@ from qlora_core.evaluation.metrics import (
     ENTRY_POINTS,
     METRICS,
     SCORES,
+    check_metrics,
     find_metrics,
     known_metrics,
     make_scorer,
     same_value,
 )
-from qlora_core.recipe import EvaluationRecipe
+from qlora_core.recipe import EvaluationRecipe, Gate
 
 EXPECTED = '{"name": "add", "arguments": {"a": 1, "b": [2, 3]}}'
 
@@ -145,3 +146,36 @@ def test_a_faulty_metric_of_a_package_is_named() -> None:
         score("missing", "", "")
     with pytest.raises(EvaluationError, match=r"`broken`.*must return a mapping of score names to numbers"):
         score("broken", "", "")
+
+
+def check(metrics: tuple[str, ...], **gate: object) -> None:
+    check_metrics(EvaluationRecipe(metrics=metrics), [Gate.model_validate(gate)])
+
+
+def test_a_gate_on_a_score_that_some_metric_gives_is_fine_even_on_loss_without_asking_for_it() -> None:
+    check(("tool_call",), metric="exact_call", threshold=0.5)
+    check(("tool_call",), metric="stops_by_itself", threshold=0.5)
+    check(("tool_call",), metric="loss", against="base", significant=True)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "score", "hint"),
+    [
+        (("loss",), "valid_call", "add `tool_call` to evaluation.metrics"),
+        (("tool_call",), "valid_cal", "did you mean `valid_call`"),
+        (("loss",), "stops_by_itself", "the recipe scores loss, perplexity, token_accuracy"),
+    ],
+)
+def test_a_gate_on_a_score_that_nobody_gives_is_refused(metrics: tuple[str, ...], score: str, hint: str) -> None:
+    with pytest.raises(RecipeError, match=hint):
+        check(metrics, metric=score, threshold=0.5)
+
+
+def test_a_gate_cannot_ask_whether_a_time_is_significant() -> None:
+    with pytest.raises(RecipeError, match="which a time has none of"):
+        check(("latency",), metric="latency_s", against="base", significant=True)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_gates_on_what_a_package_of_ones_own_scores_are_left_to_the_evaluation() -> None:
+    check(("words",), metric="words", threshold=3)
