@@ -30,9 +30,11 @@ def run_recipe(path: Path, overrides: tuple[str, ...], force: bool, settings: Se
 def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
     from flows.retrain import retrain
     from flows.show import show_outcome
+    from tasks.orphans import end_stray_servers
 
     if settings.embedded_prefect:
         console.print("[dim]starting the embedded Prefect server …[/]")
+        end_stray_servers(settings)
     outcome = retrain(recipe, force)
     if outcome is not None:
         show_outcome(outcome, settings)

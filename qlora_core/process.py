@@ -34,6 +34,8 @@ POLL_S = 0.1
 GRACE_S = 10.0
 LOG_LINES_IN_ERROR = 15
 PR_SET_PDEATHSIG = 1
+LAUNCHER = "QLORA_LAUNCHER_PID"
+"""Where a rank finds the number of the torchrun that started it."""
 
 
 def run_child(entry: str, spec: Record, folder: Path, report: Report, processes: int = 1) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def _command(entry: str, folder: Path, processes: int) -> Sequence[str]:
         return [sys.executable, *work]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     launch = ["-m", "qlora_core.process", "exec", str(os.getpid()), sys.executable, *torchrun]
-    return [sys.executable, *launch, "-m", "qlora_core.process", "work", "torchrun", entry, str(folder)]
+    return [sys.executable, *launch, "-m", "qlora_core.process", "work", LAUNCHER, entry, str(folder)]
 
 
 def _environment(processes: int) -> dict[str, str]:
@@ -148,7 +150,7 @@ def die_with_parent(parent: str) -> None:
     """Ask the kernel to kill this process when its parent dies, and leave at once if that has happened already."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if parent.isdigit() and os.getppid() != int(parent):
+    if os.getppid() != int(parent):
         sys.exit(1)
 
 
@@ -185,8 +187,9 @@ def _work(entry: str, folder: Path) -> int:
 def main(arguments: Sequence[str]) -> int:
     """`work PARENT ENTRY FOLDER` runs a stage; `exec PARENT COMMAND...` becomes a launcher that dies with it."""
     verb, parent, *rest = arguments
-    die_with_parent(parent)
+    die_with_parent(os.environ[LAUNCHER] if parent == LAUNCHER else parent)
     if verb == "exec":
+        os.environ[LAUNCHER] = str(os.getpid())  # the number stays when the program is replaced
         os.execv(rest[0], rest)
     return _work(rest[0], Path(rest[1]))
 

@@ -105,7 +105,7 @@ class Store:
             artifact: the record, its `path` still the work directory.
             stage: name of the stage.
             key: its fingerprint.
-            keep: glob patterns of what belongs to the artifact; anything else in the directory is removed.
+            keep: `Path.glob` patterns of the files that belong to the artifact (`model/**/*`); all others are removed.
         """
         work, place = artifact.path, self._place(stage, key)
         _remove_all_but(work, keep)
@@ -131,6 +131,7 @@ class Store:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a file so that a reader sees the old or the new text, never a part: temporary name, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

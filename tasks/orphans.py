@@ -1,13 +1,20 @@
 """End what crashed runs left open in MLflow and Prefect; safe beside live flows, which are known by their process."""
 
+from contextlib import suppress
 from uuid import UUID
 
+import psutil
 from mlflow.entities import Run
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
+from tasks.settings import Settings
 from tasks.tracking import Tracker, owner_is_alive
+
+INIT_PID = 1
+"""Who inherits a process whose parent has died."""
+SERVER = "prefect.server.api.server:create_app"
 
 
 def end_orphans(tracker: Tracker) -> list[str]:
@@ -21,6 +28,15 @@ def end_orphans(tracker: Tracker) -> list[str]:
     for flow_run_id in {_flow_run_id(run) for run in orphans} - {None}:
         _crash(str(flow_run_id))
     return [run.info.run_id for run in orphans]
+
+
+def end_stray_servers(settings: Settings) -> None:
+    """End embedded Prefect servers of this home whose flow was killed; they would hold its database open for ever."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            ours = process.environ().get("PREFECT_HOME") == str(settings.root / "prefect")
+            if ours and process.ppid() == INIT_PID and SERVER in process.cmdline():
+                process.terminate()
 
 
 def _flow_run_id(run: Run) -> str | None:

@@ -57,7 +57,7 @@ class Settings(BaseSettings):
         """Point Prefect and MLflow at the home, before either is imported; what the user has set stays."""
         defaults = {
             "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_LOGGING_LEVEL": "WARNING",
+            "MLFLOW_LOGGING_LEVEL": "ERROR",
             "DO_NOT_TRACK": "1",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal shows stages; the UI has the log

@@ -156,7 +156,7 @@ def _evaluation_loss(spec: TrainSpec, accelerator: Accelerator, model: PeftModel
 def _save_adapter(model: PeftModel, spec: TrainSpec) -> None:
     for config in model.peft_config.values():
         config.base_model_name_or_path = spec.base.source  # PEFT would write the path of this machine
-    model.save_pretrained(spec.into)
+    model.save_pretrained(spec.into, save_embedding_layers=False)  # else PEFT looks for the base on a hub
 
 
 def _history_until(path: Path, step: int) -> list[Metrics]:

@@ -1,0 +1,80 @@
+import pytest
+
+from qlora_core.errors import RecipeError
+from qlora_core.recipe import Recipe, load_recipe
+
+MINIMAL = """
+name: small
+model: {source: local, path: model}
+data:
+  rows: [{source: local, path: rows.json}]
+"""
+
+
+def load(folder, text=MINIMAL, *overrides) -> Recipe:
+    path = folder / "recipe.yaml"
+    path.write_text(text)
+    return load_recipe(path, overrides)
+
+
+def refused(folder, text, *overrides) -> str:
+    with pytest.raises(RecipeError) as caught:
+        load(folder, text, *overrides)
+    return str(caught.value)
+
+
+def test_local_paths_start_at_the_recipes_folder(tmp_path):
+    recipe = load(tmp_path)
+    assert recipe.model.path == tmp_path / "model"
+    assert recipe.data.rows[0].path == tmp_path / "rows.json"
+
+
+def test_overrides_reach_nested_keys_and_list_items(tmp_path):
+    recipe = load(tmp_path, MINIMAL, "train.lora.rank=8", "data.rows.0.path=other.json", "train.learning_rate=5e-4")
+    assert recipe.train.lora.rank == 8
+    assert recipe.data.rows[0].path.name == "other.json"
+    assert recipe.train.learning_rate == 5e-4
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lora.rnk=8", ["train.lora", "unknown key `rnk`", "`rank`"]),
+        ("trian.seed=1", ["unknown key `trian`", "`train`"]),
+        ("data.rows.0.pth=x", ["data.rows.0", "unknown key `pth`", "`path`"]),
+        ("train.lora.rank=0", ["train.lora.rank", "greater than or equal to 1", "it is 0"]),
+        ("train.schedule=cosinus", ["train.schedule", "'cosine'", "'cosinus'"]),
+        ("model.source=gopher", ["model", "'local'", "'huggingface'"]),
+        ("name=../../etc", ["name", "pattern"]),
+        ("data.rows.7.path=x", ["`7` is no index of a list of 1"]),
+        ("train", ["write a dotted key and a value"]),
+        ("name.first=x", ["`name` holds the value"]),
+    ],
+)
+def test_a_wrong_key_or_value_is_named_with_what_is_allowed(tmp_path, override, words):
+    message = refused(tmp_path, MINIMAL, override)
+    assert all(word in message for word in words), message
+
+
+def test_a_gate_needs_exactly_one_reference(tmp_path):
+    message = refused(tmp_path, MINIMAL, "promotion.gates=[{metric: loss}]")
+    assert "promotion.gates.0" in message
+    assert "`threshold`" in message
+
+
+@pytest.mark.parametrize(
+    "text", ["name: [", "- a list", "name: a\nname: b\n", "!!python/object/apply:os.system ['true']"]
+)
+def test_what_is_no_recipe_is_refused_in_one_sentence(tmp_path, text):
+    assert str(tmp_path / "recipe.yaml") in refused(tmp_path, text)
+
+
+def test_a_missing_recipe_names_its_neighbours(tmp_path):
+    load(tmp_path)
+    with pytest.raises(RecipeError, match=r"recipe\.yaml"):
+        load_recipe(tmp_path / "recip.yaml")
+
+
+def test_a_recipe_cannot_be_changed_after_it_was_read(tmp_path):
+    with pytest.raises(ValueError, match="frozen"):
+        load(tmp_path).train.lora.rank = 4

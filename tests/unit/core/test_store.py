@@ -1,0 +1,99 @@
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from qlora_core.artifacts import Artifact
+from qlora_core.errors import StoreError
+from qlora_core.store import Store, fingerprint
+
+
+class Thing(Artifact):
+    size: int
+
+
+KEY = fingerprint("thing", 1, {"a": 1}, {"base": "x"})
+
+
+def make(folder: Path, text: str = "hello") -> Thing:
+    (folder / "sub").mkdir(exist_ok=True)
+    (folder / "sub" / "file.txt").write_text(text)
+    (folder / "log.txt").write_text("noise")
+    return Thing(path=folder, size=len(text))
+
+
+def test_a_fingerprint_changes_with_everything_that_decides_the_output():
+    args = ("thing", 1, {"a": 1, "b": 2}, {"base": "x"})
+    assert fingerprint(*args) == fingerprint("thing", 1, {"b": 2, "a": 1}, {"base": "x"})
+    others = [("other", *args[1:]), ("thing", 2, *args[2:]), (*args[:2], {"a": 2}, args[3]), (*args[:3], {"base": "y"})]
+    assert len({fingerprint(*args), *(fingerprint(*other) for other in others)}) == 5
+
+
+def test_what_was_made_is_found_with_its_digest_and_only_with_what_was_kept(tmp_path):
+    store = Store(tmp_path)
+    made = store.obtain(Thing, "thing", KEY, make, keep=("sub/**/*",))
+    assert store.find(Thing, "thing", KEY) == made
+    assert made.fingerprint == KEY
+    assert sorted(file.name for file in made.path.rglob("*") if file.is_file()) == ["file.txt", "manifest.json"]
+    assert not list((tmp_path / "work").glob("*"))
+
+
+def test_the_digest_depends_on_content_alone(tmp_path):
+    one, two, other = (
+        Store(tmp_path / name).obtain(Thing, "thing", KEY, lambda into, text=text: make(into, text))
+        for name, text in (("one", "hello"), ("two", "hello"), ("other", "bye"))
+    )
+    assert one.digest == two.digest != other.digest
+
+
+def test_what_failed_half_way_is_not_there_but_its_work_is_kept_for_the_next_attempt(tmp_path):
+    store = Store(tmp_path)
+
+    def fail(into: Path) -> Thing:
+        make(into)
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        store.obtain(Thing, "thing", KEY, fail)
+    assert store.find(Thing, "thing", KEY) is None
+    with store.workspace("thing", KEY) as work:
+        assert (work / "sub" / "file.txt").read_text() == "hello"
+
+
+def test_an_altered_artifact_is_refused_with_what_to_do(tmp_path):
+    store = Store(tmp_path)
+    made = store.obtain(Thing, "thing", KEY, make)
+    (made.path / "sub" / "file.txt").write_text("longer than before")
+    with pytest.raises(StoreError, match=r"remove .* and run again"):
+        store.find(Thing, "thing", KEY)
+
+
+def test_two_that_want_the_same_do_the_work_once(tmp_path):
+    calls: list[int] = []
+
+    def slow(into: Path) -> Thing:
+        calls.append(1)
+        return make(into)
+
+    def obtain() -> None:
+        Store(tmp_path).obtain(Thing, "thing", KEY, slow)
+
+    threads = [threading.Thread(target=obtain, daemon=True) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    assert len(calls) == 1
+
+
+def test_a_name_from_outside_never_becomes_a_path(tmp_path):
+    with pytest.raises(StoreError, match="no fingerprint"):
+        Store(tmp_path).find(Thing, "thing", "../../etc")
+
+
+def test_the_manifest_lists_every_file(tmp_path):
+    made = Store(tmp_path).obtain(Thing, "thing", KEY, make)
+    manifest = json.loads((made.path / "manifest.json").read_text())
+    assert set(manifest["files"]) == {"sub/file.txt", "log.txt"}
+    assert manifest["files"]["sub/file.txt"]["bytes"] == 5

@@ -1,0 +1,89 @@
+"""Runs on a real MLflow database."""
+
+import pytest
+
+from qlora_core.events import Metrics
+from qlora_core.recipe import Recipe
+from tasks.settings import Settings
+from tasks.tracking import Tracker, flatten, owner_is_alive, this_process
+
+RECIPE = Recipe.model_validate(
+    {"name": "r", "model": {"source": "local", "path": "m"}, "data": {"rows": [{"source": "local", "path": "d"}]}}
+)
+
+
+@pytest.fixture(scope="module")
+def tracker(tmp_path_factory, request) -> Tracker:
+    monkeypatch = pytest.MonkeyPatch()
+    request.addfinalizer(monkeypatch.undo)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return Tracker(Settings(home=tmp_path_factory.mktemp("home")))
+
+
+def begin(tracker: Tracker, name: str):
+    return tracker.begin(RECIPE.model_copy(update={"name": name}), "flow-1", None)
+
+
+def status(tracker: Tracker, run_id: str) -> str:
+    return str(tracker.client.get_run(run_id).info.status)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
+)
+def test_a_run_ends_with_the_status_of_what_ended_it(tracker, error, expected):
+    run = begin(
+        tracker, f"status-{expected}-{error}".replace("<", "").replace(">", "").replace("'", "").replace(" ", "")
+    )
+    try:
+        with tracker.final_status(run.parent_run_id):
+            assert status(tracker, run.parent_run_id) == "RUNNING"
+            if error is not None:
+                raise error
+    except BaseException as caught:
+        assert type(caught) is error
+    assert status(tracker, run.parent_run_id) == expected
+
+
+def test_a_failed_run_of_the_same_recipe_is_continued_and_a_finished_one_is_not(tracker):
+    first = begin(tracker, "again")
+    tracker.client.set_terminated(first.parent_run_id, "FAILED")
+    second = begin(tracker, "again")
+    assert second.parent_run_id == first.parent_run_id
+    tracker.client.set_terminated(first.parent_run_id, "FINISHED")
+    assert begin(tracker, "again").parent_run_id != first.parent_run_id
+
+
+def test_a_run_whose_process_lives_is_left_alone(tracker):
+    first = begin(tracker, "live")
+    assert begin(tracker, "live").parent_run_id != first.parent_run_id
+
+
+def test_a_retried_stage_continues_its_run_and_logs_no_step_twice(tracker):
+    retraining = begin(tracker, "retry")
+    ids = []
+    for steps in ([1, 2, 3], [3, 4]):
+        with tracker.stage(retraining, "train", "k" * 64, "task") as run:
+            run.params({"lora": {"rank": 8}, "rate": 0.1})
+            for step in steps:
+                run.metrics(Metrics(step=step, values={"loss": 1 / step}))
+            ids.append(run.run_id)
+    assert ids[0] == ids[1]
+    history = tracker.client.get_metric_history(ids[0], "loss")
+    assert [point.step for point in history] == [1, 2, 3, 4]
+    assert tracker.client.get_run(ids[0]).data.params == {"lora.rank": "8", "rate": "0.1"}
+    assert tracker.made_by(retraining, "train", "k" * 64) == ids[0]
+
+
+def test_nested_values_become_dotted_names():
+    flat = flatten({"a": {"b": 1, "c": [1, 2]}, "d": None, "e": "text"})
+    assert flat == {"a.b": "1", "a.c": "[1, 2]", "d": "null", "e": "text"}
+
+
+def test_a_process_is_known_by_number_and_start():
+    mine = this_process()
+    host, pid, started = mine.split(":")
+    assert owner_is_alive(mine)
+    assert not owner_is_alive(f"{host}:{pid}:{float(started) - 100:.2f}")
+    assert not owner_is_alive("")

@@ -1,0 +1,67 @@
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from qlora_core.training.plan import micro_batches, plan_steps, share_of
+from qlora_core.training.schedule import learning_rate
+
+LENGTHS = np.array([10, 200, 30, 4000, 50, 60, 70, 80])
+
+
+def test_every_epoch_sees_every_row_once_in_another_order():
+    steps = plan_steps(rows=10, effective_batch_rows=5, epochs=2, max_steps=None, seed=3)
+    first, second = np.concatenate(steps[:2]), np.concatenate(steps[2:])
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert list(first) != list(second)
+
+
+def test_only_the_last_step_is_smaller():
+    steps = plan_steps(rows=7, effective_batch_rows=4, epochs=2, max_steps=None, seed=0)
+    assert [len(step) for step in steps] == [4, 4, 4, 2]
+
+
+def test_the_plan_depends_on_the_seed_alone():
+    one, again, other = (plan_steps(20, 4, 1, None, seed) for seed in (1, 1, 2))
+    assert all((a == b).all() for a, b in zip(one, again, strict=True))
+    assert any((a != b).any() for a, b in zip(one, other, strict=True))
+
+
+def test_max_steps_ends_training_early():
+    assert len(plan_steps(100, 10, 5, max_steps=3, seed=0)) == 3
+
+
+def test_part_of_an_epoch_takes_part_of_the_rows():
+    assert sum(len(step) for step in plan_steps(100, 10, 0.25, None, 0)) == 25
+
+
+def test_micro_batches_hold_every_row_once_longest_first():
+    parts = micro_batches(np.arange(8), LENGTHS, 3)
+    assert sorted(np.concatenate(parts)) == list(range(8))
+    assert LENGTHS[parts[0][0]] == 4000
+    assert [len(part) for part in parts] == [3, 3, 2]
+
+
+def test_auto_takes_what_fits_with_padding():
+    assert [len(part) for part in micro_batches(np.array([0, 2, 4]), LENGTHS, "auto")] == [3]
+    assert [len(part) for part in micro_batches(np.array([0, 3]), LENGTHS, "auto")] == [1, 1]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 5])
+def test_processes_share_all_micro_batches_in_equally_many_rounds(processes):
+    parts = micro_batches(np.arange(8), LENGTHS, 2)
+    shares = [share_of(parts, rank, processes) for rank in range(processes)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(int(row) for share in shares for part in share for row in part) == list(range(8))
+
+
+def test_the_rate_rises_to_its_peak_and_falls_without_reaching_zero():
+    rates = [learning_rate(step, 20, 1e-3, "cosine", 0.1) for step in range(1, 21)]
+    assert rates[:3] == pytest.approx([5e-4, 1e-3, 1e-3])
+    assert all(a > b for a, b in pairwise(rates[2:]))
+    assert 0 < rates[-1] < 2e-5
+
+
+def test_linear_and_constant_schedules():
+    assert learning_rate(11, 20, 1.0, "linear", 0.0) == pytest.approx(0.5)
+    assert learning_rate(20, 20, 1.0, "constant", 0.0) == 1.0

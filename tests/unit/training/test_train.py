@@ -1,0 +1,139 @@
+"""Training a tiny model for real, in this process and in child processes."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot, PreparedDataset
+from qlora_core.data.prepare import prepare
+from qlora_core.errors import TrainingError
+from qlora_core.events import Metrics, Note, ignore
+from qlora_core.modeling.load import read_architecture
+from qlora_core.modeling.loss import collate
+from qlora_core.modeling.rows import TokenRows
+from qlora_core.recipe import DataRecipe, Lora, TrainRecipe
+from qlora_core.training import checkpoint
+from qlora_core.training.launch import train
+from qlora_core.training.plan import micro_batches
+from qlora_core.training.spec import TrainSpec
+from qlora_core.training.step import LossModule, StepResult, refuse_divergence, train_step
+from qlora_core.training.worker import adapted_model, run
+from tests.tiny import write_model, write_rows
+
+CPU = torch.device("cpu")
+RECIPE = TrainRecipe(
+    lora=Lora(rank=4, alpha=8, dropout=0.1),
+    max_steps=6,
+    effective_batch_rows=8,
+    micro_batch_size=4,
+    learning_rate=1e-2,
+    checkpoint_every_steps=2,
+    processes=1,
+)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> ModelSnapshot:
+    path = write_model(tmp_path_factory.mktemp("base"))
+    return ModelSnapshot(path=path, source="tiny", revision="1", digest="b" * 64, architecture=read_architecture(path))
+
+
+@pytest.fixture(scope="module")
+def dataset(base, tmp_path_factory) -> PreparedDataset:
+    raw = tmp_path_factory.mktemp("raw")
+    path = write_rows(raw / "rows.json")
+    rows = (DataFile(name="rows.json", source="tiny", bytes=path.stat().st_size),)
+    recipe = DataRecipe.model_validate({"rows": [{"source": "local", "path": str(path)}], "seq_len_tokens": 64})
+    snapshot = DataSnapshot(path=raw, rows=rows)
+    made = prepare(recipe, 17, base, snapshot, tmp_path_factory.mktemp("prepared"), ignore)
+    return made.model_copy(update={"digest": "d" * 64})
+
+
+def train_here(base, dataset, into: Path, recipe: TrainRecipe = RECIPE, report=ignore):
+    spec = TrainSpec(recipe=recipe, seed=3, base=base, dataset=dataset, into=into)
+    return run(spec.model_dump(mode="json"), report)
+
+
+def losses(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+
+
+def test_the_loss_falls_and_the_adapter_is_in_pefts_format(base, dataset, tmp_path):
+    events: list[Metrics] = []
+    adapter = train_here(base, dataset, tmp_path, report=lambda e: events.append(e) if isinstance(e, Metrics) else None)
+    assert [event.step for event in events] == [1, 2, 3, 4, 5, 6]
+    assert losses(tmp_path) == [event.values["loss"] for event in events]
+    assert adapter.train_loss < losses(tmp_path)[0] - 0.5
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "tiny"
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert len(weights) == 2 * 7 * 2, "A and B for seven linears of two layers"
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(base, dataset, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    train_here(base, dataset, whole)
+    train_here(base, dataset, cut)
+    for name in ("adapter_model.safetensors", "checkpoints/step-00000006/state.json"):
+        (cut / name).unlink()  # as if the last checkpoint had been cut off while it was written
+    notes: list[str] = []
+    train_here(base, dataset, cut, report=lambda e: notes.append(e.message) if isinstance(e, Note) else None)
+    assert "step-00000006 is damaged and was skipped" in notes
+    assert "resumed after step 4" in notes
+    assert losses(cut) == pytest.approx(losses(whole), abs=1e-6)
+    expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (whole, cut))
+    assert all(torch.allclose(expected[name], got[name], atol=1e-6) for name in expected)
+
+
+def test_only_the_newest_checkpoints_are_kept(base, dataset, tmp_path):
+    train_here(base, dataset, tmp_path, RECIPE.model_copy(update={"keep_checkpoints": 1}))
+    assert [folder.name for folder in (tmp_path / "checkpoints").iterdir()] == ["step-00000006"]
+
+
+def test_the_gradient_does_not_depend_on_how_a_step_is_split(base, dataset, tmp_path):
+    recipe = RECIPE.model_copy(update={"lora": Lora(rank=4, alpha=8)})
+    spec = TrainSpec(recipe=recipe, seed=3, base=base, dataset=dataset, into=tmp_path)
+    rows, chosen = TokenRows(dataset.path / "train.arrow"), np.arange(8)
+    gradients, seen = [], []
+    for size in (8, 3, 1):
+        model = adapted_model(spec, CPU)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        batches = [collate([rows[int(i)] for i in part], 0) for part in micro_batches(chosen, rows.lengths, size)]
+        tokens = int(rows.trained_tokens[chosen].sum())
+        seen.append(train_step(Accelerator(cpu=True), LossModule(model), optimizer, batches, tokens, 1e9).loss)
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
+    assert seen == pytest.approx([seen[0]] * 3, rel=1e-5)
+    for other in gradients[1:]:
+        assert all(torch.allclose(gradients[0][name], other[name], atol=1e-6) for name in other)
+
+
+def test_padding_never_carries_loss(base, dataset):
+    rows = TokenRows(dataset.path / "train.arrow")
+    short, long = sorted((rows[i] for i in range(8)), key=lambda row: len(row.input_ids))[::7]
+    batch = collate([short, long], pad_id=2)
+    assert batch.loss_mask.sum() == short.loss_mask.sum() + long.loss_mask.sum()
+    assert batch.attention_mask.sum() == len(short.input_ids) + len(long.input_ids)
+
+
+def test_two_processes_train_like_one(base, dataset, tmp_path):
+    recipe = RECIPE.model_copy(update={"lora": Lora(rank=4, alpha=8), "max_steps": 4})
+    for processes in (1, 2):
+        part = recipe.model_copy(update={"processes": processes})
+        train(part, 3, base, dataset, tmp_path / str(processes), ignore)
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), abs=1e-4)
+
+
+@pytest.mark.parametrize("result", [StepResult(float("nan"), 1.0), StepResult(1.0, float("inf"))])
+def test_divergence_stops_before_it_is_saved(result):
+    with pytest.raises(TrainingError, match=r"step 7 .*Lower train\.learning_rate"):
+        refuse_divergence(7, result)
+
+
+def test_nothing_to_resume_is_step_zero(tmp_path):
+    assert checkpoint.restore(tmp_path, {}, torch.optim.SGD([torch.zeros(1)], lr=1.0), ignore) == 0
