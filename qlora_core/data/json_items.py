@@ -8,6 +8,8 @@ from qlora_core.errors import DataError
 
 BLOCK_CHARACTERS = 2**20
 WHITE_SPACE = " \t\n\r"
+ENDS = frozenset(",]" + WHITE_SPACE)
+"""What ends a value for certain: a block may end inside a number, whose start is a number too."""
 
 
 def items(file: TextIO, name: str) -> Iterator[Any]:
@@ -70,8 +72,11 @@ class _Text:
             start = self.at
             try:
                 value, end = self._decode(self._text, self.at)
-                if end < len(self._text) or not self._more():
+                if self._text[end : end + 1] in ENDS:
                     self.at = end
+                    return value
+                if not self._more():
+                    self.at = end - start
                     return value
             except json.JSONDecodeError as error:
                 if not self._more():
