@@ -214,10 +214,16 @@ def _machine(shape: str, folder: Path) -> dict[str, float | str | int]:
         "shape": f"Qwen2.5-{shape}",
         "checkpoint_gb": round(size / GB, 2),
         "rank": RANK,
-        "device": f"CPU {platform.machine()}, {len(os.sched_getaffinity(0))} cores",
+        "device": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "load_before": round(os.getloadavg()[0], 1),
         "python": platform.python_version(),
         **{name: version(name) for name in ("torch", "transformers", "peft", "safetensors")},
     }
+
+
+def _processor() -> str:
+    found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return found[1] if found else platform.machine()
 
 
 if __name__ == "__main__":
