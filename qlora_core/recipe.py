@@ -222,17 +222,15 @@ class Recipe(Part):
     """Name of the registered model and of the MLflow experiment."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     model: Source
-    merge_base: Source | None = None
-    """For a quantized `model`: the unquantized one that it was made from; `null` looks for it by card and name."""
     data: DataRecipe
     train: TrainRecipe = TrainRecipe()
     merge: MergeRecipe = MergeRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     promotion: PromotionRecipe = PromotionRecipe()
 
-    @field_validator("model", "merge_base")
+    @field_validator("model")
     @classmethod
-    def _a_model_is_a_whole_repository(cls, source: Source | None) -> Source | None:
+    def _a_model_is_a_whole_repository(cls, source: Source) -> Source:
         if isinstance(source, HubSource) and source.file is not None:
             raise PydanticCustomError("model_file", "`file` is for data; a model is taken whole, remove the key")
         return source
@@ -337,5 +335,4 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
             "forgetting": tuple(absolute(s) for s in recipe.data.forgetting),
         }
     )
-    twin = absolute(recipe.merge_base) if recipe.merge_base else None
-    return recipe.model_copy(update={"model": absolute(recipe.model), "merge_base": twin, "data": data})
+    return recipe.model_copy(update={"model": absolute(recipe.model), "data": data})

@@ -67,6 +67,7 @@ def write_recipe(folder: Path, **replaced: object) -> Path:
         },
         "train": {
             "lora": {"rank": 8, "alpha": 16},
+            "epochs": 10,
             "max_steps": 12,
             "effective_batch_rows": 8,
             "learning_rate": 0.02,

@@ -31,6 +31,11 @@ def train(
         TrainingError: nothing can be trained, or training diverged.
         ChildError: a process died; the next call resumes.
     """
+    if base.quantization is not None:
+        raise TrainingError(
+            f"{base.source} is quantized already ({base.quantization}); a base in full precision is needed, it is "
+            "quantized while loading. Set `model` to the unquantized model"
+        )
     if dataset.train_rows == 0:
         raise TrainingError("the data set has no training rows; lower data.split.evaluation_fraction or add rows")
     spec = TrainSpec(recipe=recipe, seed=seed, base=base, dataset=dataset, into=into)

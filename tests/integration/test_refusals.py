@@ -21,7 +21,7 @@ def broken(folder: Path, how: str) -> tuple[Path, list[str], str]:
     if how == "bad value":
         return recipe, ["train.lora.rank=0"], "train.lora.rank"
     if how == "unknown package":
-        package = "{source: package, package: no-such-qlora-package==9.9, sha256: " + "0" * 64 + ", file: x.gguf}"
+        package = "{source: package, package: no-such-qlora-package==9.9, sha256: '" + "0" * 64 + "', file: x.gguf}"
         return recipe, [f"model={package}"], "no-such-qlora-package"
     (folder / "rows.json").write_text('[{"instruction": "a", "output": "b"},\n oops]')
     return recipe, [], "line 2"
