@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
@@ -144,13 +145,15 @@ class ModelRegistry:
         self.client.set_model_version_tag(name, str(number), "qlora.reason", reason)
 
     def fetch(self, version: Version, into: Path) -> Path:
-        """The model folder of a version, as plain transformers files, copied to `into` unless it is there."""
-        folder = into / f"{version.name}-{version.number}"
+        """The model folder of a version, as plain transformers files, copied below `into` unless it is there."""
+        folder = into / f"{version.name}-{version.number}-{version.run_id[:8]}"
         if not folder.is_dir():
-            uri = f"models:/{version.name}/{version.number}"
+            into.mkdir(parents=True, exist_ok=True)
             mlflow.set_tracking_uri(self.settings.mlflow_uri)
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(folder))
+            with TemporaryDirectory(dir=into) as temporary:
+                uri = f"models:/{version.name}/{version.number}/model"
+                copied = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=temporary)
+                Path(copied).rename(folder)
         return folder
 
     @contextmanager
