@@ -68,7 +68,9 @@ def rollback(name: Annotated[str, typer.Argument(help="A registered model.")]) -
 @app.command()
 def chat(
     model: ModelAtAlias,
-    example: Annotated[bool, typer.Option(help="Start with the system prompt of a held-out row.")] = False,
+    example: Annotated[
+        bool, typer.Option(help="Start with a held-out row: its system prompt and its question.")
+    ] = False,
 ) -> None:
     """Talk to a registered model; one line of input is one message."""
     settings = _start()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from qlora_core.recipe import Recipe, load_recipe
 from tasks.settings import Settings
@@ -71,11 +72,15 @@ def chat_with(model: str, example: bool, settings: Settings) -> None:
     from tasks.chatting import open_chat
 
     chat = open_chat(model, example, settings)
-    console.print(f"[dim]{chat.about} — Ctrl-D ends[/]")
+    console.print(f"[dim]{chat.about} - Ctrl-D ends[/]")
+    name = model.partition("@")[0]
+    if chat.question:
+        console.print(f"[bold]you (a held-out row)>[/] {escape(chat.question)}")
+        console.print(f"[bold green]{name}>[/] {escape(chat.answer(chat.question))}")
     while True:
         try:
             message = console.input("[bold]you>[/] ") if console.is_terminal else input()
         except EOFError:
             return
         if message.strip():
-            console.print(f"[bold green]{model.partition('@')[0]}>[/] {chat.answer(message)}", markup=True)
+            console.print(f"[bold green]{name}>[/] {escape(chat.answer(message))}")

@@ -10,9 +10,12 @@ from rich.text import Text
 from qlora_core.artifacts import ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
 from tasks.promote_task import Outcome
+from tasks.registry import Version
 from tasks.settings import Settings
 
 console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:
+    console.width = 160  # a file or a pipe has no edge to wrap at
 SHOWN_SCORES = ("loss", "valid_call", "exact_call", "forgetting_perplexity")
 
 
@@ -46,22 +49,32 @@ def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
         return
     if not versions:
         console.print("No registered models yet; `qlora run deployments/recipes/quickstart.yaml` makes one.")
-        return
+    for model in dict.fromkeys(version.name for version in versions):
+        console.print(f"[bold]{model}[/]", _table([version for version in versions if version.name == model]))
+
+
+def _table(versions: list[Version]) -> Table:
     shown = [metric for metric in SHOWN_SCORES if any(metric in version.scores for version in versions)]
-    table = Table("model", "version", "aliases", "verdict", *shown, "made", "base", "data", box=None, padding=(0, 1))
+    heads = (
+        "version",
+        "aliases",
+        "verdict",
+        *(metric.replace("_", " ") for metric in shown),
+        "made (UTC)",
+        "made from",
+    )
+    table = Table(*heads, box=None, padding=(0, 1), header_style="bold")
     for version in versions:
         made = datetime.fromtimestamp(version.created_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M")
         table.add_row(
-            version.name,
             str(version.number),
             ", ".join(version.aliases),
             version.tags.get("qlora.verdict", "open"),
             *(_number(metric, version.scores.get(metric)) for metric in shown),
             made,
-            version.tags.get("qlora.base", ""),
-            version.tags.get("qlora.data_digest", "")[:8],
+            f"{version.tags.get('qlora.base', '')}, data {version.tags.get('qlora.data_digest', '')[:8]}",
         )
-    console.print(table)
+    return table
 
 
 def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) -> None:

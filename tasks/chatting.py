@@ -11,9 +11,12 @@ from tasks.settings import Settings
 class Chat:
     """A conversation that remembers its turns."""
 
-    def __init__(self, version: Version, model: ChatModel, history: list[Message]) -> None:
-        self._model, self._history = model, history
+    def __init__(self, version: Version, model: ChatModel, example: list[Message]) -> None:
+        self._model = model
+        self._history = [message for message in example if message["role"] == "system"]
         self.about = f"{version.name} version {version.number}"
+        self.question = next((message["content"] for message in example if message["role"] == "user"), None)
+        """What the example asks, if there is one."""
 
     def answer(self, message: str) -> str:
         """The model's answer; both turns are remembered."""
@@ -28,7 +31,7 @@ def open_chat(reference: str, example: bool, settings: Settings) -> Chat:
 
     Args:
         reference: what to load.
-        example: start with the system prompt that the model was evaluated with.
+        example: start with a held-out row's system prompt, and offer its question.
         settings: where the registry is.
 
     Raises:
@@ -37,8 +40,7 @@ def open_chat(reference: str, example: bool, settings: Settings) -> Chat:
     registry = ModelRegistry(settings)
     version = resolve_reference(registry, reference)
     folder = registry.fetch(version, settings.root / "champions")
-    history = _system_prompt(version) if example else []
-    return Chat(version, ChatModel(folder), history)
+    return Chat(version, ChatModel(folder), _example(version) if example else [])
 
 
 def resolve_reference(registry: ModelRegistry, reference: str) -> Version:
@@ -52,6 +54,7 @@ def resolve_reference(registry: ModelRegistry, reference: str) -> Version:
     return version
 
 
-def _system_prompt(version: Version) -> list[Message]:
+def _example(version: Version) -> list[Message]:
     metadata = mlflow.models.get_model_info(f"models:/{version.name}/{version.number}").metadata or {}
-    return [message for message in metadata.get("example", []) if message["role"] == "system"]
+    example: list[Message] = metadata.get("example", [])
+    return example
