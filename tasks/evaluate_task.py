@@ -41,7 +41,11 @@ def evaluate(
             candidate = _scores(stage, merged.path / "model", merged.digest, dataset)
             rival = _champion_scores(stage, registry, champion, dataset)
             decision = decide(
-                recipe.promotion.gates, candidate.scores, base_scores.scores, rival.scores if rival else None
+                recipe.promotion.gates,
+                candidate.scores,
+                base_scores.scores,
+                rival.scores if rival else None,
+                evaluation.differences(base_scores, candidate, rival),
             )
             context = _context(recipe, base, dataset, adapter, merged)
             return evaluation.compare(base_scores, candidate, rival, decision, dataset, context, into)
@@ -60,7 +64,7 @@ def evaluate(
 
 def decision_of(recipe: Recipe, report: EvaluationReport) -> PromotionDecision:
     """What the recipe's gates say about a report."""
-    return decide(recipe.promotion.gates, report.candidate, report.base, report.champion)
+    return decide(recipe.promotion.gates, report.candidate, report.base, report.champion, report.differences)
 
 
 def before_after(report: EvaluationReport) -> str:
