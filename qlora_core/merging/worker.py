@@ -14,6 +14,7 @@ from qlora_core.events import Note, Report
 from qlora_core.merging.adapter import read_changes
 from qlora_core.merging.card import write_card
 from qlora_core.merging.compare import compare
+from qlora_core.merging.deltas import check_deltas
 from qlora_core.merging.logits import Agreement, agree, check, mean_loss, predict, read_probe, with_adapter
 from qlora_core.merging.plot import plot_changes
 from qlora_core.merging.serving import write_serving_files
@@ -105,7 +106,10 @@ def _compare_predictions(task: MergeSpec, probe: Sequence[TokenRow]) -> tuple[Ag
         MergeError: they differ by more than rounding explains.
     """
     device, adapter = pick_device(), task.adapter.path
-    expected = predict(with_adapter(load_full(task.base.path, device), adapter), probe)
+    adapted = with_adapter(load_full(task.base.path, device), adapter)
+    check_deltas(adapted, read_folder(task.base.path), read_folder(task.into / MODEL))
+    expected = predict(adapted, probe)
+    del adapted
     merged = predict(load_full(task.into / MODEL, device), probe)
     agreement = agree(expected, merged)
     check(agreement, getattr(torch, _stored_dtype(task)), device)

@@ -14,9 +14,11 @@ from safetensors.torch import load_file, save_file
 from qlora_core.artifacts import MergedModel, ModelSnapshot
 from qlora_core.errors import MergeError
 from qlora_core.events import ignore
+from qlora_core.merging.deltas import check_deltas
 from qlora_core.merging.logits import agree, check, predict, read_probe, with_adapter
 from qlora_core.merging.merge import merge
 from qlora_core.merging.spec import MergeSpec
+from qlora_core.merging.tensors import read_folder
 from qlora_core.merging.worker import work, write_model
 from qlora_core.modeling.load import load_full
 from qlora_core.store import Store
@@ -139,6 +141,21 @@ def test_an_adapter_added_at_half_its_scale(make_case: MakeCase) -> None:
     agreement = agree(expected, predict(load_full(case.into / "model", cpu), probe))
     with pytest.raises(MergeError, match=r"does not predict what base \+ adapter predict in float32: .*KL"):
         check(agreement, torch.float32, cpu)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_added_at_nine_tenths_of_its_scale(make_case: MakeCase, dtype: torch.dtype) -> None:
+    """In bf16 the predictions hardly show it; the weights do."""
+    case = make_case("llama", dtype)
+    write_model(case, ignore)
+    adapted = with_adapter(load_full(case.base.path, torch.device("cpu")), case.adapter.path)
+    base, model = read_folder(case.base.path), case.into / "model"
+    check_deltas(adapted, base, read_folder(model))
+    weights, before = load_file(model / "model.safetensors"), load_file(case.base.path / "model.safetensors")
+    short = {name: (before[name].float() + 0.9 * (weights[name].float() - before[name].float())) for name in weights}
+    save_file({name: tensor.to(dtype) for name, tensor in short.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(MergeError, match=r"is not the base plus what PEFT adds, rounded once"):
+        check_deltas(adapted, base, read_folder(model))
 
 
 def test_data_made_with_another_tokenizer(make_case: MakeCase) -> None:
