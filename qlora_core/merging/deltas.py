@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 
-import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
