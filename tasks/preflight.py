@@ -1,13 +1,12 @@
 """Everything that can be known before compute is spent."""
 
-import difflib
 import shutil
 from pathlib import Path
 
 from qlora_core.artifacts import ModelSnapshot, PreparedDataset
 from qlora_core.data.prepare import inspect, prepare
-from qlora_core.errors import RecipeError, StoreError
-from qlora_core.evaluation.evaluate import known_metrics
+from qlora_core.errors import StoreError
+from qlora_core.evaluation.evaluate import check_metrics
 from qlora_core.events import Report
 from qlora_core.recipe import LocalSource, Recipe
 from qlora_core.store import Store
@@ -24,12 +23,12 @@ def preflight(recipe: Recipe, settings: Settings) -> None:
     Raises:
         QloraError: the first thing that would make the flow fail later.
     """
-    _check_metrics(recipe)
+    check_metrics(recipe.evaluation, recipe.promotion.gates)
     _check_disk(settings.root)
     resolve_base(recipe, settings)
     resolve_data(recipe, settings)
     for source in recipe.data.rows:
-        if isinstance(source, LocalSource):
+        if isinstance(source, LocalSource) and source.path.is_file():
             inspect(source.path)
 
 
@@ -43,15 +42,6 @@ def prepared(recipe: Recipe, settings: Settings, report: Report) -> tuple[ModelS
         lambda into: prepare(recipe.data, recipe.seed, base, raw, into, report),
     )
     return base, dataset
-
-
-def _check_metrics(recipe: Recipe) -> None:
-    known = known_metrics()
-    for metric in recipe.evaluation.metrics:
-        if metric not in known:
-            near = difflib.get_close_matches(metric, known, n=1)
-            hint = f"did you mean `{near[0]}`?" if near else f"allowed: {', '.join(sorted(known))}"
-            raise RecipeError(f"evaluation.metrics: there is no metric named `{metric}`; {hint}")
 
 
 def _check_disk(root: Path) -> None:
