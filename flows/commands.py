@@ -29,6 +29,7 @@ def run_recipe(path: Path, overrides: tuple[str, ...], force: bool, settings: Se
 
 
 def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
+    settings.make_home()
     from flows.retrain import retrain
     from flows.show import show_outcome
     from tasks.orphans import end_stray_servers

@@ -53,6 +53,11 @@ class Settings(BaseSettings):
         """Whether flows bring their own Prefect server along."""
         return not os.environ.get("PREFECT_API_URL")
 
+    def make_home(self) -> None:
+        """Make the folders that Prefect and MLflow expect to find; not before there is something to keep in them."""
+        for name in ("prefect", "mlflow"):
+            (self.root / name).mkdir(parents=True, exist_ok=True)
+
     def configure_libraries(self) -> None:
         """Point Prefect and MLflow at the home, before either is imported; what the user has set stays."""
         defaults = {

@@ -103,8 +103,10 @@ def test_a_run_killed_in_training_goes_on_and_ends_like_an_uninterrupted_one(env
     recipe = write_recipe(tmp_path / "recipe")
     train = {"max_steps": 30, "checkpoint_every_steps": 3}
     settings = [part for key, value in train.items() for part in ("--set", f"train.{key}={value}")]
-    whole_home = {**environment, "QLORA_HOME": str(tmp_path / "uninterrupted")}
-    assert qlora("run", recipe, *settings, environment=whole_home).returncode == 0
+    whole_home = {**environment, "QLORA_HOME": str(tmp_path / "not" / "there" / "yet")}
+    del whole_home["PREFECT_API_URL"]  # this one brings its own server along
+    whole_run = qlora("run", recipe, *settings, environment=whole_home)
+    assert whole_run.returncode == 0, whole_run.stdout + whole_run.stderr
 
     child = kill_in_training(recipe, settings, environment)
     wait_until_gone(child)
