@@ -43,7 +43,8 @@ def write_rows(path: Path, count: int = 72) -> Path:
     """Alpaca rows with a simple rule: a thing is painted in the colour that was asked for."""
     pairs = [(colour, thing) for colour in COLOURS for thing in THINGS][:count]
     rows = [
-        {"instruction": f"Paint the {thing} {colour}.", "output": f"The {thing} is {colour}."} for colour, thing in pairs
+        {"instruction": f"Paint the {thing} {colour}.", "output": f"The {thing} is {colour}."}
+        for colour, thing in pairs
     ]
     path.write_text(json.dumps(rows))
     return path

@@ -15,13 +15,13 @@ from transformers import PreTrainedTokenizerFast
 from qlora_core.data.conversation import Conversation
 from qlora_core.data.fit import fit
 from qlora_core.data.formats import to_conversation
-from qlora_core.modeling.packing import efficiency
 from qlora_core.data.read import read_rows
 from qlora_core.data.reasons import RowProblem
 from qlora_core.data.template import ChatTemplate
 from qlora_core.data.tokenize import Tokens, tokenize
 from qlora_core.events import ignore
 from qlora_core.hub.resolve import fetch_data, fetch_model, resolve
+from qlora_core.modeling.packing import efficiency
 from qlora_core.modeling.tokenizer import load_tokenizer
 from qlora_core.recipe import PackageSource
 
