@@ -143,6 +143,7 @@ class ModelRegistry:
         """Write down what was decided about a version."""
         self.client.set_model_version_tag(name, str(number), "qlora.verdict", verdict)
         self.client.set_model_version_tag(name, str(number), "qlora.reason", reason)
+        self.client.update_model_version(name, str(number), description=f"{verdict}: {reason}")
 
     def fetch(self, version: Version, into: Path) -> Path:
         """The model folder of a version, as plain transformers files, copied below `into` unless it is there."""

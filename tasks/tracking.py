@@ -127,6 +127,7 @@ class Tracker:
         }
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         self.client.update_run(run_id, status="RUNNING")
+        StageRun(self.client, run, "").params(recipe)
         self.client.log_text(run_id, json.dumps(recipe.model_dump(mode="json"), indent=2), "recipe.json")
         return Retraining(recipe=recipe, experiment_id=experiment_id, parent_run_id=run_id, flow_run_id=flow_run_id)
 
