@@ -79,12 +79,13 @@ def _fill(
     for name, parameter in parameters.items():
         parameter.data.copy_(tensors[f"weight.{name}"])
         optimizer.state[parameter] = {
-            key.split(".", 2)[1]: _placed(key, value, parameter)
+            key.split(".", 2)[1]: value.to(_place(key, parameter, optimizer))
             for key, value in tensors.items()
             if key.startswith("optimizer.") and key.split(".", 2)[2] == name
         }
 
 
-def _placed(key: str, value: torch.Tensor, parameter: torch.nn.Parameter) -> torch.Tensor:
-    """Moments live beside their parameter; AdamW's step counter stays on the CPU unless the optimizer is fused."""
-    return value.clone() if key.startswith("optimizer.step.") else value.to(parameter.device)
+def _place(key: str, parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.device:
+    """Moments live beside their parameter; AdamW counts its steps on the CPU unless it is fused."""
+    on_cpu = key.startswith("optimizer.step.") and not optimizer.defaults.get("fused")
+    return torch.device("cpu") if on_cpu else parameter.device
