@@ -11,18 +11,19 @@ from mlflow import MlflowClient
 from tasks.settings import Settings
 client = MlflowClient(Settings().mlflow_uri)
 experiment = client.get_experiment_by_name(sys.argv[1]).experiment_id
-parent, train = (client.search_runs([experiment], f"tags.`qlora.{tag}", max_results=1)[0].info.run_id
+parent, train = (client.search_runs([experiment], f"tags.`qlora.{tag}", order_by=["start_time ASC"])[0].info.run_id
                  for tag in ("kind` = 'retrain'", "stage` = 'train'"))
 print(experiment, parent, train)
 PY
 )
-REPORT=$(ls -t .qlora/store/evaluate/*/report.html | head -n 1)
+REPORT=$(ls -tr .qlora/store/evaluate/*/report.html | head -n 1)
 
 shot() { # name, width, height, address
   chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --no-first-run --disable-background-networking \
     --disable-component-update --disable-sync --user-data-dir="$(mktemp -d)" --virtual-time-budget=30000 \
     --window-size="$2,$3" --screenshot="docs/images/$1.png" "$4" 2>/dev/null
 }
+shot mlflow-train 1500 1150 "$MLFLOW/#/experiments/$EXPERIMENT/runs/$TRAIN/model-metrics"  # wakes the page's charts
 shot mlflow-run 1700 1000 "$MLFLOW/#/experiments/$EXPERIMENT/runs/$PARENT"
 shot mlflow-train 1500 1150 "$MLFLOW/#/experiments/$EXPERIMENT/runs/$TRAIN/model-metrics"
 shot mlflow-registry 1500 620 "$MLFLOW/#/models/$MODEL"

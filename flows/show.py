@@ -1,6 +1,9 @@
 """Tables and pages on the terminal."""
 
 import json
+import os
+import shutil
+import sys
 from datetime import UTC, datetime
 
 from rich.console import Console
@@ -33,9 +36,14 @@ def show_outcome(outcome: Outcome, settings: Settings) -> None:
     console.print(table)
     model = f"{outcome.name}@champion"
     console.print(f"\nreport    {report.path / 'report.html'}")
-    console.print("look      [bold]qlora ui[/]  (MLflow and Prefect in the browser)")
-    console.print(f"talk      [bold]qlora chat {model} --example[/]")
+    console.print(f"look      [bold]{_command()} ui[/]  (MLflow and Prefect in the browser)")
+    console.print(f"talk      [bold]{_command()} chat {model} --example[/]")
     console.print(f"serve     models:/{model}   in MLflow at {settings.mlflow_uri}")
+
+
+def _command() -> str:
+    """How this user calls the command: by name where it is on the path, else by where it is."""
+    return "qlora" if shutil.which("qlora") else os.path.relpath(sys.argv[0])
 
 
 def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
