@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: quickstart test check bench ui clean help
+.PHONY: quickstart test check ui clean help
 
 help:            ## what can be typed
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 14
@@ -23,9 +23,6 @@ check: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-bench: $(STAMP)  ## the benchmarks of tests/bench that this machine can run
-	$(BIN)/python -m tests.bench
 
 clean:           ## remove the virtual environment and caches, keep .qlora
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -20,6 +20,7 @@ MLFLOW = "http://127.0.0.1:5000"
 MODEL = "smollm2-tool-caller"
 IMAGES = Path(__file__).parent / "images"
 PATIENCE_S = 12
+CLOSE_BUTTONS = "button[aria-label='Close'], button[data-component-id*='close']"
 FLAGS = [
     "--headless",
     "--no-sandbox",
