@@ -16,7 +16,7 @@ ui: $(STAMP)     ## the MLflow UI and the Prefect UI of the quickstart
 	@$(BIN)/qlora ui
 
 test: $(STAMP)   ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
 
 check: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .
