@@ -1,0 +1,35 @@
+"""What a user writes: one frozen model per stage, read from YAML.
+
+A key that no model knows is refused at every level, with the nearest known key suggested. Units are part of names.
+"""
+
+from qlora_core.recipe.data import DataRecipe, Split, ToolCalls
+from qlora_core.recipe.judge import EvaluationRecipe, Gate, Generation, PromotionRecipe
+from qlora_core.recipe.merge import MergeRecipe
+from qlora_core.recipe.part import Fraction, Part, Sha256
+from qlora_core.recipe.recipe import Recipe, load_recipe
+from qlora_core.recipe.sources import HubSource, LocalSource, PackageSource, Source
+from qlora_core.recipe.train import Lora, Quantization, TrainRecipe
+
+__all__ = [
+    "DataRecipe",
+    "EvaluationRecipe",
+    "Fraction",
+    "Gate",
+    "Generation",
+    "HubSource",
+    "LocalSource",
+    "Lora",
+    "MergeRecipe",
+    "PackageSource",
+    "Part",
+    "PromotionRecipe",
+    "Quantization",
+    "Recipe",
+    "Sha256",
+    "Source",
+    "Split",
+    "ToolCalls",
+    "TrainRecipe",
+    "load_recipe",
+]

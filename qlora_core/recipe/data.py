@@ -1,0 +1,50 @@
+"""What a user writes about data."""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from qlora_core.recipe.part import Fraction, Part
+from qlora_core.recipe.sources import Source
+
+
+class ToolCalls(Part):
+    """Turn conversations with tools into single calls: system prompt with the tools, user turns, one call as JSON."""
+
+    system_prompt: str
+    """Stands before the compact list of tools."""
+
+
+class Split(Part):
+    """Which rows are kept for evaluation: a stable hash of the key decides, so that new rows never move old ones."""
+
+    by: Literal["row", "function", "column"] = "row"
+    """`function`: all rows that call one function land on the same side; `column`: all with one value in `column`."""
+    column: str | None = None
+    """A field of the raw rows, such as a conversation's id."""
+    evaluation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+
+    @model_validator(mode="after")
+    def _column_where_it_is_used(self) -> Self:
+        if (self.by == "column") != (self.column is not None):
+            raise PydanticCustomError("split_column", "`by: column` needs a `column`, and nothing else takes one")
+        return self
+
+
+class DataRecipe(Part):
+    """Prepare: from raw files to tokens and loss masks."""
+
+    rows: Annotated[tuple[Source, ...], Field(min_length=1)]
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "transcript"] = "auto"
+    loss: Literal["assistant_turns", "last_turn", "everything"] = "assistant_turns"
+    """What is learnt: the assistant's turns with their ends, only the last of them, or every token."""
+    tool_calls: ToolCalls | None = None
+    seq_len_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
+    """Longer rows are dropped and counted."""
+    split: Split = Split()
+    max_bad_rows: Fraction = 0.01
+    """More unreadable rows than this share fail the stage."""
+    forgetting: tuple[Source, ...] = ()
+    """Plain text whose perplexity is measured before and after, as a check against forgetting."""
+    forgetting_tokens: Annotated[int, Field(ge=64)] = 4096

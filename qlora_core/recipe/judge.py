@@ -1,0 +1,62 @@
+"""What a user writes about evaluation and promotion."""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
+from qlora_core.recipe.part import Part
+
+
+class Generation(Part):
+    """How answers are generated for evaluation: greedy, batched, stopping at the end of the turn."""
+
+    max_new_tokens: Annotated[int, Field(ge=1)] = 256
+    batch_size: Annotated[int, Field(ge=1)] = 32
+    """Prompts that are answered at once."""
+
+
+class EvaluationRecipe(Part):
+    """Evaluate: base, candidate and champion on the same rows."""
+
+    metrics: tuple[str, ...] = ("loss",)
+    """Names from the table in `evaluation/metrics.py`: `loss`, `forgetting`, `exact_match`, `tool_call`, ..."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """A sample of the evaluation rows, drawn by the seed; `null` takes all."""
+    json_schema: dict[str, Any] | None = None
+    """What the metric `json_schema` holds answers against."""
+    generation: Generation = Generation()
+
+
+class Gate(Part):
+    """One rule that a candidate must pass, against the base, the champion, or an absolute threshold."""
+
+    metric: str
+    against: Literal["base", "champion"] | None = None
+    threshold: float | None = None
+    tolerance: Annotated[float, Field(ge=0)] = 0.0
+    """How much worse than `against` is still accepted, as a share of its value; 0 asks for strictly better."""
+    direction: Literal["lower", "higher"] | None = None
+    """Which way is better; `null` asks the table of metrics."""
+    significant: bool = False
+    """Pass only if the rule holds at the worse end of the 95 % interval of the difference to `against`."""
+
+    @model_validator(mode="after")
+    def _significant_against_a_model(self) -> Self:
+        if self.significant and self.against is None:
+            raise PydanticCustomError("gate_significant", "`significant` needs `against: base | champion`")
+        return self
+
+    @model_validator(mode="after")
+    def _one_reference(self) -> Self:
+        if (self.against is None) == (self.threshold is None):
+            raise PydanticCustomError(
+                "gate_reference", "a gate has either `against: base | champion` or a `threshold`, and not both"
+            )
+        return self
+
+
+class PromotionRecipe(Part):
+    """Promote: what a candidate must reach to become `champion`."""
+
+    gates: tuple[Gate, ...] = (Gate(metric="loss", against="base"), Gate(metric="loss", against="champion"))

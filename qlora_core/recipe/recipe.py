@@ -1,0 +1,139 @@
+"""The whole of a recipe, and reading it from a file."""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic_core import PydanticCustomError
+
+from qlora_core.errors import RecipeError
+from qlora_core.recipe.data import DataRecipe
+from qlora_core.recipe.judge import EvaluationRecipe, PromotionRecipe
+from qlora_core.recipe.merge import MergeRecipe
+from qlora_core.recipe.part import Part
+from qlora_core.recipe.sources import HubSource, LocalSource, Source
+from qlora_core.recipe.train import TrainRecipe
+
+
+class Recipe(Part):
+    """Everything that decides what one retraining makes."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,127}$")]
+    """Name of the registered model and of the MLflow experiment."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
+    model: Source
+    data: DataRecipe
+    train: TrainRecipe = TrainRecipe()
+    merge: MergeRecipe = MergeRecipe()
+    evaluation: EvaluationRecipe = EvaluationRecipe()
+    promotion: PromotionRecipe = PromotionRecipe()
+
+    @field_validator("model")
+    @classmethod
+    def _a_model_is_a_whole_repository(cls, source: Source) -> Source:
+        if isinstance(source, HubSource) and source.file is not None:
+            raise PydanticCustomError("model_file", "`file` is for data; a model is taken whole, remove the key")
+        return source
+
+
+def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe from YAML and apply dotted overrides such as `train.lora.rank=8`.
+
+    Raises:
+        RecipeError: the file is missing, is not YAML, or holds something that is not allowed.
+    """
+    tree = _read_yaml(path)
+    for override in overrides:
+        _apply_override(tree, override)
+    try:
+        recipe = Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError(_explain(error, path)) from None
+    return _anchor(recipe, path.resolve().parent)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    if not path.is_file():
+        near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
+        hint = f"; in that folder: {', '.join(near)}" if near else ""
+        raise RecipeError(f"no recipe at {path}{hint}")
+    try:
+        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path} holds {type(tree).__name__}; a recipe is a mapping that starts with `name:`")
+    return tree
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    from ruamel.yaml import YAML
+    from ruamel.yaml.error import YAMLError
+
+    dotted, equals, text = override.partition("=")
+    keys = dotted.strip().split(".")
+    if not equals or not all(keys):
+        raise RecipeError(f"--set {override}: write a dotted key and a value, such as `--set train.lora.rank=8`")
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except YAMLError as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from None
+    node: Any = tree
+    for key in keys[:-1]:
+        node = _child(node, key, override)
+    if isinstance(node, list):
+        _child(node, keys[-1], override)
+        node[int(keys[-1])] = value
+    else:
+        node[keys[-1]] = value
+
+
+def _child(node: Any, key: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not key.isdigit() or int(key) >= len(node):
+            raise RecipeError(f"--set {override}: `{key}` is no index of a list of {len(node)}; it starts at 0")
+        return node[int(key)]
+    child = node.setdefault(key, {})
+    if not isinstance(child, dict | list):
+        raise RecipeError(f"--set {override}: `{key}` holds the value {child!r} and has no keys below it")
+    return child
+
+
+def _explain(error: ValidationError, path: Path) -> str:
+    lines = []
+    for problem in error.errors(include_url=False):
+        at = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part)) or "the recipe"
+        got = "" if problem["type"] in ("unknown_key", "missing") else f"; it is {_short(problem['input'])}"
+        lines.append(f"  {at}: {problem['msg']}{got}")
+    return f"{path} is not a valid recipe:\n" + "\n".join(lines)
+
+
+def _is_union_tag(part: int | str) -> bool:
+    """Pydantic puts the chosen member of a union into the location; a user never wrote it."""
+    return isinstance(part, str) and bool(
+        re.match(r"^(package|local|huggingface|modelscope|constrained-|literal\[|int$|tuple\[)", part)
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _anchor(recipe: Recipe, folder: Path) -> Recipe:
+    """Make local paths absolute, starting at the recipe's own folder."""
+
+    def absolute(source: Source) -> Source:
+        return LocalSource(source="local", path=folder / source.path) if isinstance(source, LocalSource) else source
+
+    data = recipe.data.model_copy(
+        update={
+            "rows": tuple(absolute(s) for s in recipe.data.rows),
+            "forgetting": tuple(absolute(s) for s in recipe.data.forgetting),
+        }
+    )
+    return recipe.model_copy(update={"model": absolute(recipe.model), "data": data})
