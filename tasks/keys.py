@@ -16,7 +16,17 @@ from qlora_core.recipe import Recipe, TrainRecipe
 from qlora_core.store import fingerprint
 from qlora_core.training import launch
 
-HOW_NOT_WHAT = {"processes", "timeout_h", "checkpoint_every_steps", "keep_checkpoints", "micro_batch_size"}
+HOW_NOT_WHAT = {
+    "activation_memory",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "loss_spike",
+    "micro_batch_size",
+    "nodes",
+    "processes",
+    "strategy",
+    "timeout_h",
+}
 """Training keys that change how the work is done, not what comes out of it."""
 
 

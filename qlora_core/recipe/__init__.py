@@ -9,10 +9,11 @@ from qlora_core.recipe.merge import MergeRecipe
 from qlora_core.recipe.part import Fraction, Part, Sha256
 from qlora_core.recipe.recipe import Recipe, load_recipe
 from qlora_core.recipe.sources import HubSource, LocalSource, PackageSource, Source
-from qlora_core.recipe.train import Lora, Quantization, TrainRecipe
+from qlora_core.recipe.train import EarlyStopping, Lora, LossSpike, Quantization, TrainRecipe
 
 __all__ = [
     "DataRecipe",
+    "EarlyStopping",
     "EvaluationRecipe",
     "Fraction",
     "Gate",
@@ -20,6 +21,7 @@ __all__ = [
     "HubSource",
     "LocalSource",
     "Lora",
+    "LossSpike",
     "MergeRecipe",
     "PackageSource",
     "Part",

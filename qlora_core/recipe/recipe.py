@@ -1,5 +1,6 @@
 """The whole of a recipe, and reading it from a file."""
 
+import json
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -115,7 +116,7 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _is_union_tag(part: int | str) -> bool:
     """Pydantic puts the chosen member of a union into the location; a user never wrote it."""
     return isinstance(part, str) and bool(
-        re.match(r"^(package|local|huggingface|modelscope|constrained-|literal\[|int$|tuple\[)", part)
+        re.match(r"^(package|local|huggingface|modelscope|constrained-|literal\[|int$|tuple\[|dict\[|path$)", part)
     )
 
 
@@ -136,4 +137,18 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
             "forgetting": tuple(absolute(s) for s in recipe.data.forgetting),
         }
     )
-    return recipe.model_copy(update={"model": absolute(recipe.model), "data": data})
+    train = recipe.train.model_copy(update={"deepspeed": _deepspeed(recipe.train.deepspeed, folder)})
+    return recipe.model_copy(update={"model": absolute(recipe.model), "data": data, "train": train})
+
+
+def _deepspeed(settings: dict[str, Any] | Path | None, folder: Path) -> dict[str, Any] | None:
+    """The content of a DeepSpeed file: a change of the file is then a change of the recipe."""
+    if not isinstance(settings, Path):
+        return settings
+    try:
+        read = json.loads((folder / settings).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"train.deepspeed: {folder / settings} is not readable as JSON: {error}") from None
+    if not isinstance(read, dict):
+        raise RecipeError(f"train.deepspeed: {folder / settings} holds {type(read).__name__}; it must be an object")
+    return read

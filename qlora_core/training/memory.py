@@ -28,13 +28,13 @@ def estimate(facts: Architecture, recipe: TrainRecipe, micro_batch_tokens: int, 
 
     Args:
         facts: the base model's shapes.
-        recipe: rank and checkpointing decide the rest.
+        recipe: rank and activation memory decide the rest.
         micro_batch_tokens: tokens of one forward pass, padding included.
         bytes_per_value: 2 for bf16 and fp16, 4 for fp32.
     """
     embeddings = facts.vocab * facts.hidden * (1 if facts.tied_embeddings else 2)
     linears = max(0, facts.parameters - embeddings)
-    per_layer = 1 if recipe.gradient_checkpointing else ACTIVATION_COPIES
+    per_layer = 1 if recipe.activation_memory == "small" else ACTIVATION_COPIES
     activations = micro_batch_tokens * facts.hidden * facts.layers * per_layer * bytes_per_value / 2
     return MemoryEstimate(
         weights_gib=(linears * NF4_BYTES + embeddings * bytes_per_value) / GIB,

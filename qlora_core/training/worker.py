@@ -68,7 +68,7 @@ def run(raw: dict[str, Any], report: Report) -> Adapter:
 def adapted_model(spec: TrainSpec, device: torch.device) -> PeftModel:
     """The quantized base with a fresh adapter, the same for every process and every start."""
     model = load_quantized(spec.base.path, device, spec.recipe.quantization)
-    if spec.recipe.gradient_checkpointing:
+    if spec.recipe.activation_memory == "small":
         model.gradient_checkpointing_enable({"use_reentrant": False})
     torch.manual_seed(spec.seed)
     return add_lora(model, spec.recipe.lora).train()

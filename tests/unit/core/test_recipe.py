@@ -49,11 +49,21 @@ def test_overrides_reach_nested_keys_and_list_items(tmp_path):
         ("data.rows.7.path=x", ["`7` is no index of a list of 1"]),
         ("train", ["write a dotted key and a value"]),
         ("name.first=x", ["`name` holds the value"]),
+        ("train.keep_best=true", ["train", "`keep_best` needs", "`evaluate_every_steps`"]),
+        ("train.deepspeed={zero_optimization: {}}", ["train", "`strategy: zero2` or `zero3`", "it is `ddp`"]),
+        ("train={strategy: zero2, deepspeed: gone.json}", ["train.deepspeed", "gone.json", "not readable as JSON"]),
+        ("train={strategy: zero2, optimizer: adamw_8bit}", ["train", "`optimizer: adamw_8bit`", "use `adamw`"]),
     ],
 )
 def test_a_wrong_key_or_value_is_named_with_what_is_allowed(tmp_path, override, words):
     message = refused(tmp_path, MINIMAL, override)
     assert all(word in message for word in words), message
+
+
+def test_a_deepspeed_file_becomes_part_of_the_recipe(tmp_path):
+    (tmp_path / "zero.json").write_text('{"zero_optimization": {"overlap_comm": false}}')
+    recipe = load(tmp_path, MINIMAL, "train={strategy: zero2, deepspeed: zero.json}")
+    assert recipe.train.deepspeed == {"zero_optimization": {"overlap_comm": False}}
 
 
 def test_a_gate_needs_exactly_one_reference(tmp_path):
