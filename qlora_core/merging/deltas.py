@@ -6,8 +6,8 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 
 from qlora_core.errors import MergeError
+from qlora_core.merging.blocks import Scratch, opened
 from qlora_core.merging.tensors import StoredTensor
-from qlora_core.merging.write import opened
 
 ADAPTER = "default"
 ROUNDING = 1e-6
@@ -25,12 +25,16 @@ def check_deltas(adapted: PeftModel, base: Mapping[str, StoredTensor], merged: M
     Raises:
         MergeError: a weight is something else.
     """
+    scratch = Scratch()
     with opened({tensor.file for tensor in (*base.values(), *merged.values())}) as files:
         for module_name, module in adapted.get_base_model().named_modules():
             name = f"{module_name}.weight"
             if not isinstance(module, LoraLayer) or name not in merged or ADAPTER in module.lora_variant:
                 continue
-            before, after = (files.read(tensors[name], 0, tensors[name].rows) for tensors in (base, merged))
+            before, after = (
+                files.read(tensors[name], 0, tensors[name].rows, scratch, role)
+                for role, tensors in (("before", base), ("after", merged))
+            )
             exact = before.float() + module.get_delta_weight(ADAPTER).detach().float().cpu()
             expected = exact.to(after.dtype)
             off = (after.float() - expected.float()).abs_() > ROUNDING

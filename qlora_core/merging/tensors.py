@@ -82,7 +82,7 @@ def read_file(file: Path) -> list[StoredTensor]:
     """The tensors of one safetensors file in the order of their bytes.
 
     Raises:
-        MergeError: the header cannot be read, or the file is shorter or longer than its header says.
+        MergeError: the header cannot be read or lets tensors overlap, or the file is shorter or longer than it says.
     """
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -95,8 +95,12 @@ def read_file(file: Path) -> list[StoredTensor]:
         except ValueError:
             raise MergeError(f"the header of {file} is not JSON; download or write the file again") from None
     tensors = [_stored(name, file, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
-    tensors.sort(key=lambda tensor: tensor.start)
-    end = tensors[-1].start + tensors[-1].bytes if tensors else data_start
+    tensors.sort(key=lambda tensor: (tensor.start, tensor.bytes))
+    end = data_start
+    for tensor in tensors:
+        if tensor.start != end:
+            raise MergeError(f"{tensor.name} starts inside another tensor of {file} or after a gap; write it again")
+        end += tensor.bytes
     if end != size:
         raise _truncated(file, size, end)
     return tensors

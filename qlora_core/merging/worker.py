@@ -11,9 +11,9 @@ import torch
 from qlora_core.artifacts import MergedModel, MergeProof, Scores, TensorChange
 from qlora_core.errors import MergeError
 from qlora_core.events import Note, Report
+from qlora_core.merging.accept import accept, check_places
 from qlora_core.merging.adapter import read_changes
 from qlora_core.merging.card import write_card
-from qlora_core.merging.compare import compare
 from qlora_core.merging.deltas import check_deltas
 from qlora_core.merging.logits import Agreement, agree, check, mean_loss, predict, read_probe, with_adapter
 from qlora_core.merging.plot import plot_changes
@@ -77,10 +77,11 @@ def write_model(task: MergeSpec, report: Report) -> tuple[TensorChange, ...]:
     base = read_folder(task.base.path)
     changes = read_changes(task.adapter.path, base, task.base.architecture.tied_embeddings)
     shards = lay_out(base.values(), dtype and getattr(torch, dtype), task.recipe.max_shard_mb * MB, folder)
-    write_shards(shards, base, changes, threads, report)
+    differences = write_shards(shards, base, changes, threads, report)
     write_index(shards, folder)
     write_serving_files(task.base.path, folder, dtype)
-    return compare(base, read_folder(folder), changes.keys(), threads)
+    check_places(shards, read_folder(folder))
+    return accept(differences, changes.keys())
 
 
 def _check_vocabulary(task: MergeSpec) -> None:

@@ -3,8 +3,9 @@
     python tests/bench/merge_speed.py --shape 1.5B --folder /var/tmp/merge-bench
 
 Random bf16 weights of a real shape (Qwen2.5-1.5B: 3 GB, Qwen2.5-7B: 15 GB) and an adapter of rank 16 on all linear
-layers. Each way runs in a process of its own; wall time starts after its imports, peak memory is that of the whole
-process. Cold means that the kernel was told to forget the input files. Results are appended to results/merge.jsonl.
+layers. Each way runs in a process of its own; wall time starts after its imports, CPU time and peak memory are those of
+the whole process. Cold means that the kernel was told to forget the input files. Results are appended to
+results/merge.jsonl, and the medians are printed with whether the limits hold: 1.5 times `cp`, 3 GiB.
 """
 
 import argparse
@@ -14,12 +15,14 @@ import os
 import platform
 import re
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -35,6 +38,8 @@ KV_HEADS = {"0.5B": 2, "1.5B": 2, "7B": 4}
 RANK = 16
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 RESULTS = Path(__file__).parent / "results" / "merge.jsonl"
+WALL_LIMIT, MEMORY_LIMIT_GIB = 1.5, 3.0
+"""What a merge with its proof may take: over `cp`, and in memory."""
 GB = 10**9
 
 
@@ -79,56 +84,56 @@ def make_adapter(shapes: dict[str, torch.Size], folder: Path) -> None:
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-def copy(folder: Path) -> float:
-    start = time.perf_counter()
+class Spent(NamedTuple):
+    """Wall time, and CPU time of this process and of the children it waited for."""
+
+    wall_s: float
+    cpu_s: float
+
+
+def now() -> Spent:
+    return Spent(time.perf_counter(), sum(os.times()[:4]))
+
+
+def copy(folder: Path) -> Spent:
+    start = now()
     subprocess.run(["cp", "-r", folder / "base", folder / "out"], check=True)
-    return time.perf_counter() - start
+    return start
 
 
-def merge_here(folder: Path) -> float:
-    return _merge_here(folder, prove=False)
-
-
-def merge_and_compare_here(folder: Path) -> float:
-    return _merge_here(folder, prove=True)
-
-
-def _merge_here(folder: Path, prove: bool) -> float:
+def merge_here(folder: Path) -> Spent:
+    """Write and prove all tensors, as `qlora_core.merging.worker.write_model` does it."""
     from qlora_core.events import ignore
+    from qlora_core.merging.accept import accept, check_places
     from qlora_core.merging.adapter import read_changes
-    from qlora_core.merging.compare import compare
     from qlora_core.merging.tensors import lay_out, read_folder, write_index
     from qlora_core.merging.write import write_shards
 
-    threads, out = torch.get_num_threads(), folder / "out"
+    out = folder / "out"
     out.mkdir()
-    start = time.perf_counter()
+    start = now()
     base = read_folder(folder / "base")
     changes = read_changes(folder / "adapter", base, tied=False)
     shards = lay_out(base.values(), None, 2 * GB, out)
-    write_shards(shards, base, changes, threads, ignore)
+    differences = write_shards(shards, base, changes, torch.get_num_threads(), ignore)
     write_index(shards, out)
-    if prove:
-        compare(base, read_folder(out), changes.keys(), threads)
-    return time.perf_counter() - start
+    check_places(shards, read_folder(out))
+    accept(differences, changes.keys())
+    return start
 
 
-def merge_by_peft(folder: Path) -> float:
+def merge_by_peft(folder: Path) -> Spent:
     from peft import PeftModel
 
-    start = time.perf_counter()
+    start = now()
     model = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.bfloat16, low_cpu_mem_usage=True)
     merged = PeftModel.from_pretrained(model, folder / "adapter").merge_and_unload()
     merged.save_pretrained(folder / "out", max_shard_size="2GB")
-    return time.perf_counter() - start
+    return start
 
 
-WAYS: dict[str, Callable[[Path], float]] = {
-    "cp": copy,
-    "merge": merge_here,
-    "merge and compare every tensor": merge_and_compare_here,
-    "peft": merge_by_peft,
-}
+# Each way returns when it started: after its imports.
+WAYS: dict[str, Callable[[Path], Spent]] = {"cp": copy, "merge with proof": merge_here, "peft": merge_by_peft}
 
 
 def measure(way: str, folder: Path, cold: bool) -> dict[str, float | str | bool]:
@@ -146,9 +151,12 @@ def measure(way: str, folder: Path, cold: bool) -> dict[str, float | str | bool]
 
 def one(way: str, folder: Path) -> None:
     """Run one way here and print its wall time and the peak memory of this process (for cp: of no interest)."""
-    wall_s = WAYS[way](folder)
+    start = WAYS[way](folder)
+    end = now()
     peak_kib = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
-    print(json.dumps({"wall_s": round(wall_s, 2), "peak_memory_gib": round(peak_kib / 2**20, 2)}))  # noqa: T201
+    spent = {"wall_s": end.wall_s - start.wall_s, "cpu_s": end.cpu_s - start.cpu_s}
+    measured = {**spent, "peak_memory_gib": peak_kib / 2**20}
+    print(json.dumps({name: round(value, 2) for name, value in measured.items()}))  # noqa: T201
 
 
 def main() -> None:
@@ -156,6 +164,7 @@ def main() -> None:
     arguments.add_argument("--shape", choices=SHAPES, default="1.5B")
     arguments.add_argument("--folder", type=Path, required=True, help="a new folder on the disk to measure")
     arguments.add_argument("--repeat", type=int, default=3, help="of all ways but PEFT's, which is slow")
+    arguments.add_argument("--results", type=Path, default=RESULTS, help="JSON lines are appended to it")
     arguments.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     chosen = arguments.parse_args()
     if chosen.way:
@@ -164,15 +173,31 @@ def main() -> None:
     torch.manual_seed(0)
     make_adapter(make_base(chosen.shape, chosen.folder / "base"), chosen.folder / "adapter")
     machine = _machine(chosen.shape, chosen.folder)
+    rows = []
     for cold in (False, True):
         for turn in range(chosen.repeat):
             for way in WAYS if turn == 0 else [way for way in WAYS if way != "peft"]:
                 row = {**machine, **measure(way, chosen.folder, cold)}
-                print(row, flush=True)  # noqa: T201
-                RESULTS.parent.mkdir(exist_ok=True)
-                with RESULTS.open("a") as file:
+                rows.append(row)
+                print(json.dumps(row), flush=True)  # noqa: T201
+                chosen.results.parent.mkdir(exist_ok=True)
+                with chosen.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
     shutil.rmtree(chosen.folder)
+    for cold in (False, True):
+        print(summary([row for row in rows if row["cold"] is cold], "cold" if cold else "warm"))  # noqa: T201
+
+
+def summary(rows: list[dict[str, float]], state: str) -> str:
+    """The medians side by side, and whether the limits hold."""
+    walls = {way: statistics.median(row["wall_s"] for row in rows if row["way"] == way) for way in WAYS}
+    ours = "merge with proof"
+    peak = max(row["peak_memory_gib"] for row in rows if row["way"] == ours)
+    ratio = walls[ours] / walls["cp"]
+    verdict = "within" if ratio <= WALL_LIMIT and peak < MEMORY_LIMIT_GIB else "OVER"
+    times = ", ".join(f"{way} {wall_s:.2f} s" for way, wall_s in walls.items())
+    limits = f"{WALL_LIMIT} x cp and {MEMORY_LIMIT_GIB:g} GiB"
+    return f"{state}: {times}; {ratio:.2f} x cp, peak {peak:.2f} GiB: {verdict} {limits}"
 
 
 def _shards(shapes: dict[str, torch.Size]) -> Iterator[list[str]]:

@@ -32,7 +32,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 @pytest.fixture
 def blocks_of_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qlora_core.merging.write.BLOCK_ELEMENTS", 100)
+    monkeypatch.setattr("qlora_core.merging.blocks.BLOCK_ELEMENTS", 100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

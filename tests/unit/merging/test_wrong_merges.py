@@ -14,11 +14,12 @@ from safetensors.torch import load_file, save_file
 from qlora_core.artifacts import MergedModel, ModelSnapshot
 from qlora_core.errors import MergeError
 from qlora_core.events import ignore
+from qlora_core.merging.blocks import Opened
 from qlora_core.merging.deltas import check_deltas
 from qlora_core.merging.logits import agree, check, predict, read_probe, with_adapter
 from qlora_core.merging.merge import merge
 from qlora_core.merging.spec import MergeSpec
-from qlora_core.merging.tensors import read_folder
+from qlora_core.merging.tensors import StoredTensor, read_folder
 from qlora_core.merging.worker import work, write_model
 from qlora_core.modeling.load import load_full
 from qlora_core.store import Store
@@ -98,6 +99,47 @@ def test_a_truncated_shard(make_case: MakeCase) -> None:
     shard = next(case.base.path.glob("model-00002-*.safetensors"))
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(MergeError, match=r"model-00002-.* has [\d,]+ bytes and its header asks for [\d,]+; it is"):
+        write_model(case, ignore)
+
+
+def test_a_shard_whose_tensors_overlap(make_case: MakeCase) -> None:
+    case = make_case()
+    file = case.base.path / "model.safetensors"
+    raw = file.read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    header["model.norm.weight"]["data_offsets"] = [0, 128]
+    text = json.dumps(header, separators=(",", ":")).encode()
+    file.write_bytes(raw[:8] + text.ljust(length) + raw[8 + length :])
+    with pytest.raises(MergeError, match=r"starts inside another tensor of .* or after a gap"):
+        write_model(case, ignore)
+
+
+@pytest.mark.parametrize("tensor", ["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_disk_that_does_not_keep_what_it_was_given(
+    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch, tensor: str
+) -> None:
+    """One bit of one tensor, untouched or merged, is flipped on its way to the disk."""
+    case, write = make_case(), Opened.write
+
+    def flip_a_bit(files: Opened, place: StoredTensor, first_row: int, values: torch.Tensor) -> None:
+        if place.name == tensor:
+            values = values.clone()
+            values.view(-1).view(torch.uint8)[5] ^= 1
+        write(files, place, first_row, values)
+
+    monkeypatch.setattr(Opened, "write", flip_a_bit)
+    with pytest.raises(MergeError, match=rf"{tensor} does not stand in .* as it was written"):
+        write_model(case, ignore)
+
+
+def test_a_base_with_nan(make_case: MakeCase) -> None:
+    case = make_case()
+    weights = case.base.path / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, weights, {"format": "pt"})
+    with pytest.raises(MergeError, match=r"model\.norm\.weight holds NaN or infinity in the base as well"):
         write_model(case, ignore)
 
 
