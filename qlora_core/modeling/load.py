@@ -17,13 +17,16 @@ def load_full(path: Path, device: torch.device, dtype: torch.dtype | None = None
     return _load(path, device, dtype or compute_dtype(device))
 
 
-def load_quantized(path: Path, device: torch.device, quantization: Quantization) -> PreTrainedModel:
-    """The model with its linear layers in 4 bits and everything else in the compute dtype, frozen.
+def load_quantized(
+    path: Path, device: torch.device, quantization: Quantization, dtype: torch.dtype | None = None
+) -> PreTrainedModel:
+    """The model with its linear layers in 4 bits and everything else in `dtype` (by default what
+    the device computes in), frozen.
 
-    Nothing is upcast: norms, embeddings and head stay in the compute dtype, which trains as well as the fp32 copies
+    Nothing is upcast: norms, embeddings and head stay in `dtype`, which trains as well as the fp32 copies
     that `peft.prepare_model_for_kbit_training` makes and needs far less memory.
     """
-    dtype = compute_dtype(device)
+    dtype = dtype or compute_dtype(device)
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=quantization.kind,

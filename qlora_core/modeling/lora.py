@@ -19,6 +19,8 @@ def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
         lora_alpha=lora.alpha,  # PEFT declares int and computes alpha / rank
         lora_dropout=lora.dropout,
         bias="none",
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         target_modules=sorted(target_modules(model, lora.target_modules)),
         task_type="CAUSAL_LM",
     )

@@ -2,30 +2,42 @@
 
     checkpoints/step-00000010/state.safetensors    adapter weights and optimizer moments
     checkpoints/step-00000010/state.json           the step and the SHA-256 of the tensors
+    checkpoints/best.safetensors                   adapter weights of the lowest evaluation loss
 
-There is no random state to keep: every step seeds itself (see `step.py`).
+The tensors are whole under every strategy, so any number of processes can go on from them. There is no random state
+to keep: every step seeds itself (see `step.py`).
 """
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_core.events import Note, Report
 from qlora_core.store import discard, sha256_of_file, write_atomically
+from qlora_core.training.optimizer import Parameters
 
-TENSORS, STATE = "state.safetensors", "state.json"
+TENSORS, STATE, BEST = "state.safetensors", "state.json", "best.safetensors"
+WEIGHT = "weight."
+
+Tensors = dict[str, torch.Tensor]
 
 
-def save(
-    folder: Path, step: int, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, keep: int
-) -> None:
+class Saved(NamedTuple):
+    """What a checkpoint holds."""
+
+    step: int
+    tensors: Tensors
+
+
+def save(folder: Path, step: int, tensors: Tensors, keep: int) -> None:
     """Write the state after `step` under a temporary name, rename it, and prune to the newest `keep`."""
     temporary = folder / f".step-{step:08d}"
     discard(temporary)
     temporary.mkdir(parents=True)
-    save_file(_tensors(parameters, optimizer), temporary / TENSORS)
+    save_file(tensors, temporary / TENSORS)
     facts = {"step": step, "sha256": sha256_of_file(temporary / TENSORS)}
     write_atomically(temporary / STATE, json.dumps(facts))
     final = folder / f"step-{step:08d}"
@@ -35,10 +47,8 @@ def save(
         discard(old)
 
 
-def restore(
-    folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, report: Report
-) -> int:
-    """Load the newest whole checkpoint into the model and the optimizer, and return its step; 0 if there is none.
+def newest(folder: Path, report: Report) -> Saved:
+    """The newest whole checkpoint; step 0 and no tensors if there is none.
 
     One that is damaged is skipped for the one before it, and said.
     """
@@ -47,10 +57,33 @@ def restore(
         if step is None:
             report(Note(message=f"{place.name} is damaged and was skipped"))
             continue
-        _fill(load_file(place / TENSORS), parameters, optimizer)
         report(Note(message=f"resumed after step {step}"))
-        return step
-    return 0
+        return Saved(step, load_file(place / TENSORS))
+    return Saved(0, {})
+
+
+def save_best(folder: Path, tensors: Tensors) -> None:
+    """Keep the weights of the lowest evaluation loss so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{BEST}"
+    save_file(weights_in(tensors), temporary)
+    temporary.rename(folder / BEST)
+
+
+def load_best(folder: Path) -> Tensors:
+    """The weights that `save_best` kept."""
+    return load_file(folder / BEST)
+
+
+def weights_in(tensors: Tensors) -> Tensors:
+    """The part of a state that is adapter weights, under the same keys."""
+    return {key: value for key, value in tensors.items() if key.startswith(WEIGHT)}
+
+
+def fill_weights(tensors: Tensors, parameters: Parameters) -> None:
+    """Copy saved weights into the model."""
+    for name, parameter in parameters.items():
+        parameter.data.copy_(tensors[f"{WEIGHT}{name}"])
 
 
 def _newest_first(folder: Path) -> list[Path]:
@@ -63,29 +96,3 @@ def _whole_step(place: Path) -> int | None:
         return int(facts["step"]) if sha256_of_file(place / TENSORS) == facts["sha256"] else None
     except (OSError, ValueError, KeyError):
         return None
-
-
-def _tensors(parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {f"weight.{name}": parameter.detach().contiguous() for name, parameter in parameters.items()}
-    for name, parameter in parameters.items():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{key}.{name}"] = torch.as_tensor(value).contiguous()
-    return tensors
-
-
-def _fill(
-    tensors: dict[str, torch.Tensor], parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> None:
-    for name, parameter in parameters.items():
-        parameter.data.copy_(tensors[f"weight.{name}"])
-        optimizer.state[parameter] = {
-            key.split(".", 2)[1]: value.to(_place(key, parameter, optimizer))
-            for key, value in tensors.items()
-            if key.startswith("optimizer.") and key.split(".", 2)[2] == name
-        }
-
-
-def _place(key: str, parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer) -> torch.device:
-    """Moments live beside their parameter; AdamW counts its steps on the CPU unless it is fused."""
-    on_cpu = key.startswith("optimizer.step.") and not optimizer.defaults.get("fused")
-    return torch.device("cpu") if on_cpu else parameter.device

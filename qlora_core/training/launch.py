@@ -9,8 +9,8 @@ from qlora_core.process import run_child
 from qlora_core.recipe import TrainRecipe
 from qlora_core.training.spec import TrainSpec
 
-VERSION = 1
-KEEP = ("adapter_config.json", "adapter_model.safetensors", "history.jsonl")
+VERSION = 2
+KEEP = ("adapter_config.json", "adapter_model.safetensors", "history.jsonl", "training.png")
 """What of the work directory belongs to the artifact; checkpoints and logs do not."""
 
 

@@ -9,17 +9,29 @@ from numpy.typing import NDArray
 MICRO_BATCH_TOKENS = 4096
 """What `micro_batch_size: auto` lets one forward pass hold, padding included."""
 
+GROUPED_STEPS = 50
+"""Over how many steps `group_by_length` sorts rows."""
+
 
 def plan_steps(
-    rows: int, effective_batch_rows: int, epochs: float, max_steps: int | None, seed: int
+    rows: int,
+    effective_batch_rows: int,
+    epochs: float,
+    max_steps: int | None,
+    seed: int,
+    group_by: NDArray[np.int64] | None = None,
 ) -> list[NDArray[np.int64]]:
     """Row numbers of every optimizer step.
 
     Each epoch is a new permutation. Steps run over the border of an epoch, so every step but the last of training
-    has exactly `effective_batch_rows` rows.
+    has exactly `effective_batch_rows` rows. With `group_by`, the rows' lengths `[rows]`, a step has rows of similar
+    length.
     """
     total_rows = max(1, round(rows * epochs))
-    order = np.concatenate([_permutation(rows, seed, epoch) for epoch in range(ceil(total_rows / rows))])[:total_rows]
+    epoch_orders = (_permutation(rows, seed, epoch) for epoch in range(ceil(total_rows / rows)))
+    if group_by is not None:
+        epoch_orders = (_grouped(order, group_by, effective_batch_rows, seed) for order in epoch_orders)
+    order = np.concatenate(list(epoch_orders))[:total_rows]
     steps = [order[at : at + effective_batch_rows] for at in range(0, total_rows, effective_batch_rows)]
     return steps[:max_steps]
 
@@ -44,6 +56,19 @@ def share_of(batches: Sequence[NDArray[np.int64]], rank: int, processes: int) ->
     nothing = np.zeros(0, np.int64)
     mine = list(batches[rank::processes])
     return mine + [nothing] * (rounds - len(mine))
+
+
+def _grouped(order: NDArray[np.int64], lengths: NDArray[np.int64], batch_rows: int, seed: int) -> NDArray[np.int64]:
+    """Sort stretches of many steps by length, then shuffle their steps, so that length follows no trend."""
+    grouped = []
+    for at in range(0, len(order), GROUPED_STEPS * batch_rows):
+        stretch = order[at : at + GROUPED_STEPS * batch_rows]
+        stretch = stretch[np.argsort(-lengths[stretch], kind="stable")]
+        steps = [stretch[start : start + batch_rows] for start in range(0, len(stretch), batch_rows)]
+        whole, rest = (steps, []) if len(steps[-1]) == batch_rows else (steps[:-1], steps[-1:])
+        shuffled = np.random.default_rng((seed, int(order[0]), at)).permutation(len(whole))
+        grouped += [whole[number] for number in shuffled] + rest
+    return np.concatenate(grouped)
 
 
 def _permutation(rows: int, seed: int, epoch: int) -> NDArray[np.int64]:

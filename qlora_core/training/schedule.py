@@ -2,16 +2,19 @@
 
 from math import ceil, cos, pi
 
+from qlora_core.recipe import TrainRecipe
 
-def learning_rate(step: int, steps: int, peak: float, schedule: str, warmup_ratio: float) -> float:
-    """The rate of one optimizer step, counted from 1; it rises linearly to `peak`, then follows the schedule.
 
-    `cosine` and `linear` reach zero one step after the last, so that no step is wasted on a rate of zero.
+def learning_rate(step: int, steps: int, recipe: TrainRecipe) -> float:
+    """The rate of one optimizer step, counted from 1; it rises linearly to its peak, then follows the schedule.
+
+    `cosine` and `linear` reach their end one step after the last, so that no step is wasted on a rate of zero.
     """
-    warmup = ceil(steps * warmup_ratio)
+    peak, warmup = recipe.learning_rate, ceil(steps * recipe.warmup_ratio)
     if step <= warmup:
         return peak * step / warmup
-    if schedule == "constant":
+    if recipe.schedule == "constant":
         return peak
     progress = (step - warmup - 1) / max(1, steps - warmup)
-    return peak * (0.5 * (1 + cos(pi * progress)) if schedule == "cosine" else 1 - progress)
+    share = 0.5 * (1 + cos(pi * progress)) if recipe.schedule == "cosine" else 1 - progress
+    return peak * (recipe.min_learning_rate_ratio + (1 - recipe.min_learning_rate_ratio) * share)

@@ -1,88 +1,94 @@
 """One optimizer step: the loss of all its trained tokens, over all micro-batches and processes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 
-from qlora_core.errors import TrainingError
 from qlora_core.modeling.loss import Batch, token_loss
+from qlora_core.training.optimizer import Parameters
+from qlora_core.training.precision import autocast
 
 
 class LossModule(torch.nn.Module):
     """The adapted model as a function from a batch to the sum of its trained tokens' losses.
 
-    A module of its own, because distributed wrappers hook into `forward`.
+    A module of its own, because DeepSpeed hooks into `forward`.
     """
 
-    def __init__(self, model: PeftModel) -> None:
+    def __init__(self, model: PeftModel, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.dtype = model, dtype
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of losses, 0-d, fp32."""
-        return token_loss(self.model.get_base_model(), batch).loss_sum
+        with autocast(batch.input_ids.device, self.dtype):
+            return token_loss(self.model.get_base_model(), batch).loss_sum
 
 
-class StepResult(NamedTuple):
-    """What one optimizer step saw."""
+@runtime_checkable
+class DirectLoss(Protocol):
+    """A loss module that has a backward pass of its own."""
 
-    loss: float
-    grad_norm: float
+    def loss_and_grads(self, batch: Batch) -> torch.Tensor:
+        """Sum of losses, 0-d, fp32; its gradient is added to every `parameter.grad`."""
 
 
-def train_step(
-    accelerator: Accelerator,
-    module: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    trained_tokens: int,
-    max_grad_norm: float,
-) -> StepResult:
+class Share(NamedTuple):
+    """What one process does for one forward pass."""
+
+    batch: Batch
+    counts: bool
+    """False for a stand-in that keeps a process with nothing left in step with the others."""
+
+
+class Parallel(Protocol):
+    """How processes work together on a step."""
+
+    rank: int
+    processes: int
+    device: torch.device
+    module: torch.nn.Module
+    """Call it to get a loss."""
+    optimizer: torch.optim.Optimizer
+    own_schedule: bool
+    """Whether the strategy sets the learning rate itself."""
+    skips_overflow: bool
+    """Whether an update with an infinite gradient is skipped while fp16's loss scale is looked for."""
+
+    def accumulate(self, share: Share, trained_tokens: int, last: bool) -> torch.Tensor:
+        """Add a micro-batch's part of the mean gradient; returns its loss sum, 0-d, without a graph."""
+
+    def update(self, trained_tokens: int) -> torch.Tensor:
+        """Exchange gradients, clip them, update the adapter; returns the norm before clipping, 0-d."""
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """The sum over processes."""
+
+    def state(self, parameters: Parameters) -> dict[str, torch.Tensor]:
+        """Weights and optimizer state, whole, whatever the number of processes; every process must call it."""
+
+    def load_optimizer(self, tensors: dict[str, torch.Tensor], parameters: Parameters, step: int) -> None:
+        """Go on from what `state` returned after `step`; the weights are in the model already."""
+
+
+def train_step(parallel: Parallel, shares: Sequence[Share], trained_tokens: int) -> torch.Tensor:
     """Accumulate the gradient of this process's micro-batches, clip it, and update the adapter.
 
     The loss is divided by `trained_tokens`, the number in the whole step over all processes, so the gradient does
     not depend on how the step was split.
+
+    Returns:
+        mean loss and gradient norm, `[2]`, still on the device.
     """
-    optimizer.zero_grad(set_to_none=True)
-    loss_sum = torch.zeros((), device=accelerator.device)
-    for number, batch in enumerate(batches):
-        last = number == len(batches) - 1
-        with accelerator.autocast(), _synchronized(accelerator, module, last):
-            batch_sum = module(batch.to(accelerator.device))
-            # gradients are averaged over processes, the step's mean is over tokens: undo the former
-            accelerator.backward(batch_sum * accelerator.num_processes / trained_tokens)
-        loss_sum += batch_sum.detach()
-    grad_norm = accelerator.clip_grad_norm_(module.parameters(), max_grad_norm)
-    optimizer.step()
-    loss = float(accelerator.reduce(loss_sum, "sum")) / trained_tokens
-    return StepResult(loss, float(grad_norm))
+    loss_sum = torch.zeros((), device=parallel.device)
+    for number, share in enumerate(shares):
+        loss_sum += parallel.accumulate(share, trained_tokens, last=number == len(shares) - 1)
+    grad_norm = parallel.update(trained_tokens)
+    return torch.stack([parallel.sum(loss_sum) / trained_tokens, grad_norm.to(loss_sum)])
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Give a step its own random numbers, so that a resumed run draws what an uninterrupted one would have."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
-
-
-def refuse_divergence(step: int, result: StepResult) -> None:
-    """Stop before a broken update is ever saved.
-
-    Raises:
-        TrainingError: the loss or the gradient is not a finite number.
-    """
-    if all(abs(value) < float("inf") for value in result):
-        return
-    raise TrainingError(
-        f"step {step} has loss {result.loss} and gradient norm {result.grad_norm}, and both must be finite. The last "
-        "checkpoint before it is kept. Lower train.learning_rate, raise train.warmup_ratio, or look at the rows "
-        "that the log names for this step"
-    )
-
-
-def _synchronized(accelerator: Accelerator, module: torch.nn.Module, last: bool):  # type: ignore[no-untyped-def]
-    """Processes exchange gradients once a step, at its last micro-batch."""
-    from contextlib import nullcontext
-
-    return nullcontext() if last else accelerator.no_sync(module)

@@ -3,6 +3,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from qlora_core.recipe import TrainRecipe
 from qlora_core.training.plan import micro_batches, plan_steps, share_of
 from qlora_core.training.schedule import learning_rate
 
@@ -56,12 +57,31 @@ def test_processes_share_all_micro_batches_in_equally_many_rounds(processes):
 
 
 def test_the_rate_rises_to_its_peak_and_falls_without_reaching_zero():
-    rates = [learning_rate(step, 20, 1e-3, "cosine", 0.1) for step in range(1, 21)]
+    rates = [learning_rate(step, 20, TrainRecipe(learning_rate=1e-3, warmup_ratio=0.1)) for step in range(1, 21)]
     assert rates[:3] == pytest.approx([5e-4, 1e-3, 1e-3])
     assert all(a > b for a, b in pairwise(rates[2:]))
     assert 0 < rates[-1] < 2e-5
 
 
 def test_linear_and_constant_schedules():
-    assert learning_rate(11, 20, 1.0, "linear", 0.0) == pytest.approx(0.5)
-    assert learning_rate(20, 20, 1.0, "constant", 0.0) == 1.0
+    linear, constant = (
+        TrainRecipe(learning_rate=1.0, schedule=kind, warmup_ratio=0) for kind in ("linear", "constant")
+    )
+    assert learning_rate(11, 20, linear) == pytest.approx(0.5)
+    assert learning_rate(20, 20, constant) == 1.0
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+def test_a_schedule_ends_at_its_least_rate(schedule):
+    recipe = TrainRecipe(learning_rate=1e-3, schedule=schedule, warmup_ratio=0, min_learning_rate_ratio=0.1)
+    assert learning_rate(1, 20, recipe) == pytest.approx(1e-3)
+    assert learning_rate(21, 20, recipe) == pytest.approx(1e-4)
+
+
+def test_steps_of_similar_length_hold_every_row_once_and_follow_no_trend():
+    lengths = np.random.default_rng(0).integers(10, 1000, 403)
+    steps = plan_steps(403, 8, 1, None, seed=5, group_by=lengths)
+    assert sorted(np.concatenate(steps)) == list(range(403))
+    assert np.mean([np.ptp(lengths[step]) for step in steps]) < 100
+    longest = [int(lengths[step].max()) for step in steps[:-1]]
+    assert longest != sorted(longest) and longest != sorted(longest, reverse=True)

@@ -1,0 +1,193 @@
+"""All optimizer steps of a run, with what happens between them: metrics, evaluation, checkpoints, and when to stop."""
+
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from qlora_core.events import Metrics, Note, Progress, Report
+from qlora_core.modeling.loss import collate
+from qlora_core.modeling.rows import TokenRows
+from qlora_core.modeling.tokenizer import load_tokenizer
+from qlora_core.training import checkpoint
+from qlora_core.training.history import read_history, write_history
+from qlora_core.training.later import Later
+from qlora_core.training.optimizer import Parameters, set_learning_rate
+from qlora_core.training.plan import micro_batches, plan_steps, share_of
+from qlora_core.training.schedule import learning_rate
+from qlora_core.training.spec import TrainSpec
+from qlora_core.training.step import Parallel, Share, seed_step, train_step
+from qlora_core.training.stopping import EVALUATION_LOSS, best_evaluation, is_exhausted
+from qlora_core.training.throughput import peak_memory_gib, step_operations
+from qlora_core.training.watch import refuse_divergence, refuse_spike, steps_in_spike
+
+
+class Work(NamedTuple):
+    """What a run trains on: known to every process before the first step, and the same after any crash."""
+
+    rows: TokenRows
+    evaluation_rows: TokenRows
+    pad_id: int
+    steps: list[NDArray[np.int64]]
+    """Row numbers of every step."""
+
+
+class Pending(NamedTuple):
+    """A step that the device may still be busy with."""
+
+    step: int
+    learning_rate: float
+    values: Later
+    """Loss and gradient norm."""
+
+
+def plan_work(spec: TrainSpec) -> Work:
+    """Open the prepared rows and decide which step sees which."""
+    recipe = spec.recipe
+    rows = TokenRows(spec.dataset.path / "train.arrow")
+    lengths = rows.lengths if recipe.group_by_length else None
+    return Work(
+        rows=rows,
+        evaluation_rows=TokenRows(spec.dataset.path / "evaluation.arrow"),
+        pad_id=load_tokenizer(spec.base.path).pad_token_id,
+        steps=plan_steps(
+            len(rows), recipe.effective_batch_rows, recipe.epochs, recipe.max_steps, spec.seed, group_by=lengths
+        ),
+    )
+
+
+class Loop:
+    """The training loop of one process."""
+
+    def __init__(
+        self, spec: TrainSpec, work: Work, parallel: Parallel, parameters: Parameters, peak: float, report: Report
+    ) -> None:
+        """`peak` is what one device reaches, in operations per second."""
+        self.spec, self.recipe, self.work, self.parallel = spec, spec.recipe, work, parallel
+        self.parameters, self.report = parameters, report
+        self.checkpoints: Path = spec.into / "checkpoints"
+        self.history: list[Metrics] = []
+        self._peak = peak * parallel.processes
+        self._adapter_parameters = sum(parameter.numel() for parameter in parameters.values())
+        self._skipped = 0
+        self._settled_at = 0.0
+
+    def run(self, start: int) -> list[Metrics]:
+        """Train from the step after `start` to the end, and return the metrics of all steps."""
+        self.history = read_history(self.spec.into, start)
+        pending: Pending | None = None
+        self._settled_at = time.perf_counter()
+        for step in range(start + 1, len(self.work.steps) + 1):
+            if self._is_exhausted():
+                break
+            current = self._step(step)
+            if pending is not None:
+                self._settle(pending)
+            pending = current
+            if self._pauses_after(step):
+                self._settle(pending)
+                pending = None
+                self._save_if_due(step)
+        if self.parallel.rank == 0:
+            write_history(self.spec.into, self.history)
+        return self.history
+
+    def _step(self, step: int) -> Pending:
+        chosen, parallel = self.work.steps[step - 1], self.parallel
+        if not parallel.own_schedule:
+            set_learning_rate(parallel.optimizer, learning_rate(step, len(self.work.steps), self.recipe))
+        rate = float(parallel.optimizer.param_groups[0]["lr"])
+        seed_step(self.spec.seed, step, parallel.rank)
+        shares = self._shares(self.work.rows, chosen)
+        values = train_step(parallel, shares, int(self.work.rows.trained_tokens[chosen].sum()))
+        return Pending(step, rate, Later(values))
+
+    def _shares(self, rows: TokenRows, chosen: NDArray[np.int64]) -> list[Share]:
+        """This process's forward passes over some rows."""
+        parts = micro_batches(chosen, rows.lengths, self.recipe.micro_batch_size)
+        mine = share_of(parts, self.parallel.rank, self.parallel.processes)
+        return [
+            Share(collate([rows[int(i)] for i in (part if len(part) else [0])], self.work.pad_id), counts=len(part) > 0)
+            for part in mine
+        ]
+
+    def _settle(self, pending: Pending) -> None:
+        """Read what a step gave, one step later, and report it."""
+        loss, grad_norm = pending.values.read()
+        self._refuse_divergence(pending.step, loss, grad_norm)
+        now = time.perf_counter()
+        seconds, self._settled_at = now - self._settled_at, now
+        values = {"loss": loss, "learning_rate": pending.learning_rate, "grad_norm": grad_norm}
+        values |= self._speed(self.work.steps[pending.step - 1], seconds)
+        if self._evaluates_after(pending.step):
+            values[EVALUATION_LOSS] = self.evaluate()
+            self._settled_at = time.perf_counter()
+        self.history.append(Metrics(step=pending.step, values=values))
+        self.report(self.history[-1])
+        self.report(Progress(what="training", done=pending.step, total=len(self.work.steps), unit="steps"))
+        if self.recipe.loss_spike is not None:
+            refuse_spike(self.history, self.recipe.loss_spike)
+
+    def _refuse_divergence(self, step: int, loss: float, grad_norm: float) -> None:
+        scaled = self.parallel.skips_overflow
+        refuse_divergence(step, loss, grad_norm, self._skipped if scaled else None)
+        self._skipped = 0 if grad_norm < float("inf") else self._skipped + 1
+
+    def _speed(self, chosen: NDArray[np.int64], seconds: float) -> dict[str, float]:
+        lengths = self.work.rows.lengths[chosen]
+        trained = int(self.work.rows.trained_tokens[chosen].sum())
+        operations = step_operations(
+            self.spec.base.architecture, self._adapter_parameters, [int(length) for length in lengths], trained
+        )
+        return {
+            "tokens_per_s": float(lengths.sum()) / seconds,
+            "trained_tokens_per_s": trained / seconds,
+            "mfu": operations / seconds / self._peak,
+            "peak_memory_gib": peak_memory_gib(self.parallel.device),
+        }
+
+    def evaluate(self) -> float:
+        """Mean loss over the trained tokens of the evaluation rows, for the quantized base with the adapter on."""
+        rows, module = self.work.evaluation_rows, self.parallel.module
+        total = torch.zeros((), device=self.parallel.device, dtype=torch.float64)
+        module.eval()
+        with torch.no_grad():
+            shares = self._shares(rows, np.arange(len(rows)))
+            for number, share in enumerate(shares):
+                total += module(share.batch.to(self.parallel.device)).double() * float(share.counts)
+                self.report(Progress(what="evaluation loss", done=number + 1, total=len(shares), unit="batches"))
+        module.train()
+        return float(self.parallel.sum(total)) / int(rows.trained_tokens.sum())
+
+    def _is_exhausted(self) -> bool:
+        limits = self.recipe.early_stopping
+        if limits is None or not is_exhausted(self.history, limits):
+            return False
+        self.report(Note(message=f"stopped after step {self.history[-1].step}: the evaluation loss no longer falls"))
+        return True
+
+    def _evaluates_after(self, step: int) -> bool:
+        every = self.recipe.evaluate_every_steps
+        return step == len(self.work.steps) or (every is not None and step % every == 0)
+
+    def _pauses_after(self, step: int) -> bool:
+        return self._evaluates_after(step) or step % self.recipe.checkpoint_every_steps == 0
+
+    def _save_if_due(self, step: int) -> None:
+        best = self.recipe.keep_best and EVALUATION_LOSS in self.history[-1].values
+        best = best and best_evaluation(self.history)[0] == step
+        due = step % self.recipe.checkpoint_every_steps == 0
+        if due and self.recipe.loss_spike is not None and steps_in_spike(self.history, self.recipe.loss_spike):
+            self.report(Note(message=f"no checkpoint after step {step}: the loss has jumped and is being watched"))
+            due = False
+        if not (best or due):
+            return
+        tensors = self.parallel.state(self.parameters)
+        if self.parallel.rank == 0 and due:
+            write_history(self.spec.into, self.history)
+            checkpoint.save(self.checkpoints, step, tensors, self.recipe.keep_checkpoints)
+        if self.parallel.rank == 0 and best:
+            checkpoint.save_best(self.checkpoints, tensors)
