@@ -6,13 +6,15 @@ chromium and chromium-driver.
 
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from mlflow import MlflowClient
 from selenium import webdriver
-from selenium.common.exceptions import WebDriverException
+from selenium.common.exceptions import TimeoutException, WebDriverException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from tasks.settings import Settings
 
@@ -71,6 +73,34 @@ def shoot(driver: webdriver.Chrome, name: str, address: str, width: int, height:
         click(button)
     time.sleep(PATIENCE_S / 4)
     driver.save_screenshot(str(IMAGES / f"{name}.png"))
+
+
+def answer_form(driver: webdriver.Chrome, flow_run_url: str, decision: str, name: str, reason: str) -> WebElement:
+    """Open the form of a suspended flow run and fill it in; returns the button that submits it."""
+    wait = WebDriverWait(driver, 60)
+    driver.get(flow_run_url)
+    wait.until(lambda page: _buttons(page, "Resume"))[0].click()
+    dialog = wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "[role=dialog] select"))[0]
+    Select(dialog).select_by_value(decision)
+    for field, text in zip(
+        driver.find_elements(By.CSS_SELECTOR, "[role=dialog] textarea"), (name, reason), strict=True
+    ):
+        field.send_keys(text)
+    return _buttons(driver, "Submit")[0]
+
+
+def submit(driver: webdriver.Chrome, button: WebElement) -> None:
+    """Submit a form; Prefect keeps it open when its own database was busy, and a person would press again."""
+    for _ in range(5):
+        button.click()
+        with suppress(TimeoutException):
+            WebDriverWait(driver, 20).until(lambda page: not page.find_elements(By.CSS_SELECTOR, "[role=dialog]"))
+            return
+    raise TimeoutError("Prefect did not take the answer")
+
+
+def _buttons(driver: webdriver.Chrome, text: str) -> list[WebElement]:
+    return [button for button in driver.find_elements(By.TAG_NAME, "button") if button.text == text]
 
 
 def click(element: WebElement) -> None:

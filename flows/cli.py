@@ -4,9 +4,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
+
+if TYPE_CHECKING:
+    from qlora_core.errors import QloraError
 
 app = typer.Typer(
     name="qlora",
@@ -22,6 +25,8 @@ Overrides = Annotated[
 ]
 ModelName = Annotated[str | None, typer.Argument(help="A registered model; all of them when left out.")]
 ModelAtAlias = Annotated[str, typer.Argument(metavar="MODEL@ALIAS", help="Such as smollm2-tool-caller@champion.")]
+ModelVersion = Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="An alias or a number, such as x@3.")]
+Reason = Annotated[str, typer.Option(help="Kept with the version.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 
@@ -57,12 +62,91 @@ def models(name: ModelName = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def rollback(name: Annotated[str, typer.Argument(help="A registered model.")]) -> None:
+def compare(left: ModelVersion, right: ModelVersion, as_json: AsJson = False) -> None:
+    """Show two versions side by side: scores, and what their recipes have not in common."""
+    settings = _start()
+    from flows.judging import show_comparison
+
+    show_comparison(left, right, as_json, settings)
+
+
+@app.command()
+def lineage(version: ModelVersion, as_json: AsJson = False) -> None:
+    """Show where a version comes from and what happened to it."""
+    settings = _start()
+    from flows.judging import show_lineage
+
+    show_lineage(version, as_json, settings)
+
+
+@app.command()
+def approve(
+    version: ModelVersion,
+    reject: Annotated[bool, typer.Option("--reject", help="Decline it; the champion stays.")] = False,
+    reason: Reason = "",
+    as_json: AsJson = False,
+) -> None:
+    """Answer for a version that waits for approval."""
+    settings = _start()
+    from flows.judging import approve as answer
+
+    answer(version, reject, reason, as_json, settings)
+
+
+@app.command()
+def promote(
+    version: ModelVersion,
+    reason: Reason = "",
+    force: Annotated[bool, typer.Option("--force", help="Even if its gates or a person have refused it.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Make a version the champion."""
+    settings = _start()
+    from flows.judging import promote as make_champion
+
+    make_champion(version, reason, force, as_json, settings)
+
+
+@app.command()
+def rollback(
+    name: Annotated[str, typer.Argument(help="A registered model.")], reason: Reason = "", as_json: AsJson = False
+) -> None:
     """Make the previous champion the champion again."""
     settings = _start()
-    from flows.commands import roll_back
+    from flows.judging import roll_back
 
-    roll_back(name, settings)
+    roll_back(name, reason, as_json, settings)
+
+
+@app.command()
+def copy(
+    version: ModelVersion,
+    to: Annotated[str, typer.Option(metavar="URI", help="The other MLflow server.")],
+    as_json: AsJson = False,
+) -> None:
+    """Copy a version, with its files and lineage, to the registry of another MLflow server."""
+    settings = _start()
+    from flows.judging import copy as copy_version
+
+    copy_version(version, to, as_json, settings)
+
+
+@app.command()
+def delete(version: ModelVersion) -> None:
+    """Take a version out of the registry; refused while an alias points at it."""
+    settings = _start()
+    from flows.judging import delete as delete_version
+
+    delete_version(version, settings)
+
+
+@app.command()
+def reconcile() -> None:
+    """End what crashed runs left open, and finish promotions that were cut short."""
+    settings = _start()
+    from flows.commands import reconcile_all
+
+    reconcile_all(settings)
 
 
 @app.command()
@@ -106,10 +190,21 @@ def _explain(error: Exception) -> NoReturn:
     from qlora_core.errors import QloraError
 
     if not isinstance(error, QloraError):
-        raise error
+        error = _failure_of_mlflow(error)
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
     sys.exit(error.exit_code)
+
+
+def _failure_of_mlflow(error: Exception) -> "QloraError":
+    """What MLflow's failure means; any other error is a fault of this program and keeps its traceback."""
+    from tasks.failures import explain
+    from tasks.settings import Settings
+
+    explained = explain(error, Settings().mlflow_uri)
+    if explained is None:
+        raise error
+    return explained
 
 
 def _start():  # type: ignore[no-untyped-def]

@@ -42,6 +42,15 @@ def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
         show_outcome(outcome, settings)
 
 
+def reconcile_all(settings: Settings) -> None:
+    """End what crashed runs left open, and say what was done."""
+    settings.make_home()
+    from flows.reconcile import reconcile
+
+    for line in reconcile() or ["nothing to do"]:
+        console.print(line)
+
+
 def check_recipe(path: Path, overrides: tuple[str, ...], settings: Settings) -> None:
     """Everything that can be known before training: sources, disk, rows, memory."""
     from flows.show import show_check
@@ -58,14 +67,6 @@ def check_recipe(path: Path, overrides: tuple[str, ...], settings: Settings) -> 
 
         base, dataset = prepared(recipe, settings, report)
     show_check(recipe, base, dataset)
-
-
-def roll_back(name: str, settings: Settings) -> None:
-    """Swap champion and previous."""
-    from tasks.registry import ModelRegistry
-
-    old, new = ModelRegistry(settings).rollback(name)
-    console.print(f"{name}: version {new} is champion again, version {old} is previous. Undo with the same command.")
 
 
 def chat_with(model: str, example: bool, settings: Settings) -> None:

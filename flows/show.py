@@ -19,24 +19,33 @@ from tasks.settings import Settings
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
     console.width = 160  # a file or a pipe has no edge to wrap at
+VERDICTS = {
+    "promoted": "[bold green]promoted to champion[/]",
+    "rejected": "[bold yellow]not promoted[/]",
+    "awaiting approval": "[bold cyan]waits for approval[/]",
+}
 SHOWN_SCORES = ("loss", "valid_call", "exact_call", "forgetting_perplexity")
 
 
 def show_outcome(outcome: Outcome, settings: Settings) -> None:
     """The verdict, the scores before and after, and what to type next."""
     report, decision = outcome.report, outcome.decision
-    verdict = "[bold green]promoted to champion[/]" if decision.promote else "[bold yellow]not promoted[/]"
+    verdict = VERDICTS.get(outcome.verdict, outcome.verdict)
     console.print(f"\n[bold]{outcome.name} version {outcome.version}[/]: {verdict} — {decision.reason}\n")
     table = Table("metric", "base", "candidate", box=None, header_style="bold", padding=(0, 2))
     if report.champion is not None:
         table.add_column("champion")
     for metric, value in report.candidate.items():
-        row = [metric, _number(metric, report.base.get(metric)), _number(metric, value)]
-        table.add_row(*row, *([_number(metric, report.champion.get(metric))] if report.champion else []))
+        row = [metric, format_number(metric, report.base.get(metric)), format_number(metric, value)]
+        table.add_row(*row, *([format_number(metric, report.champion.get(metric))] if report.champion else []))
     console.print(table)
-    model = f"{outcome.name}@champion"
     console.print(f"\nreport    {report.path / 'report.html'}")
     console.print(f"look      [bold]{_command()} ui[/]  (MLflow and Prefect in the browser)")
+    if outcome.verdict == "awaiting approval":
+        console.print(f"approve   [bold]{_command()} approve {outcome.name}@{outcome.version}[/]  (or with --reject)")
+    if outcome.verdict != "promoted" and report.champion is None:
+        return
+    model = f"{outcome.name}@champion"
     console.print(f"talk      [bold]{_command()} chat {model} --example[/]")
     console.print(f"serve     models:/{model}   in MLflow at {settings.mlflow_uri}")
 
@@ -48,6 +57,7 @@ def _command() -> str:
 
 def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
     """Versions with aliases, verdict, scores and lineage, newest first."""
+    from tasks.moves import edits_by_hand
     from tasks.registry import ModelRegistry
 
     registry = ModelRegistry(settings)
@@ -57,6 +67,8 @@ def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
         return
     if not versions:
         console.print("No registered models yet; `qlora run deployments/recipes/quickstart.yaml` makes one.")
+    for edit in (edit for model in registry.names() for edit in edits_by_hand(registry, model)):
+        console.print(f"[yellow]{edit}[/]")
     for model in dict.fromkeys(version.name for version in versions):
         console.print(f"[bold]{model}[/]", _table([version for version in versions if version.name == model]))
 
@@ -78,7 +90,7 @@ def _table(versions: list[Version]) -> Table:
             str(version.number),
             ", ".join(version.aliases),
             version.tags.get("qlora.verdict", "open"),
-            *(_number(metric, version.scores.get(metric)) for metric in shown),
+            *(format_number(metric, version.scores.get(metric)) for metric in shown),
             made,
             f"{version.tags.get('qlora.base', '')}, data {version.tags.get('qlora.data_digest', '')[:8]}",
         )
@@ -113,7 +125,8 @@ def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) ->
         console.print(text)
 
 
-def _number(metric: str, value: float | None) -> str:
+def format_number(metric: str, value: float | None) -> str:
+    """A score as people read it: shares in percent; nothing for one that is missing."""
     if value is None:
         return ""
     share = metric.endswith(("_call", "_match", "_valid", "_itself", "_accuracy"))

@@ -11,6 +11,8 @@
     ├── MergeError              an adapter cannot be merged, or the proof of the merge failed
     ├── EvaluationError         a model cannot be scored
     └── RegistryError           the model registry refused, or holds something unexpected
+        ├── ChampionChangedError    another version became champion since the candidate was compared
+        └── RegistryUnavailableError  it could not be asked or written now; the same call may succeed later
 
 A command that ends with one of them exits with its `exit_code`: 2 when the user's input must change, 1 otherwise.
 """
@@ -68,6 +70,14 @@ class EvaluationError(QloraError):
 
 class RegistryError(QloraError):
     """The model registry refused, or holds something unexpected."""
+
+
+class ChampionChangedError(RegistryError):
+    """Another version became champion since the candidate was compared with the one before."""
+
+
+class RegistryUnavailableError(RegistryError):
+    """The registry could not be asked or written now; the same call may succeed later."""
 
 
 ERRORS_BY_NAME: dict[str, type[QloraError]] = {

@@ -1,10 +1,7 @@
 """A conversation with the version behind an alias of the registry."""
 
-import mlflow
-
-from qlora_core.errors import RegistryError
 from qlora_core.modeling.chat import ChatModel, Message
-from tasks.registry import CHAMPION, ModelRegistry, Version
+from tasks.registry import ModelRegistry, Version
 from tasks.settings import Settings
 
 
@@ -38,23 +35,6 @@ def open_chat(reference: str, example: bool, settings: Settings) -> Chat:
         RegistryError: there is no such model or alias.
     """
     registry = ModelRegistry(settings)
-    version = resolve_reference(registry, reference)
+    version = registry.resolve(reference)
     folder = registry.fetch(version, settings.root / "champions")
-    return Chat(version, ChatModel(folder), _example(version) if example else [])
-
-
-def resolve_reference(registry: ModelRegistry, reference: str) -> Version:
-    """The version that `MODEL@ALIAS` means."""
-    name, _, alias = reference.partition("@")
-    version = registry.at_alias(name, alias or CHAMPION)
-    if version is None:
-        aliases = registry.aliases(name)
-        known = f"its aliases are {', '.join(sorted(aliases))}" if aliases else f"models: {', '.join(registry.names())}"
-        raise RegistryError(f"there is no {reference}; {known or 'there are no models yet'}")
-    return version
-
-
-def _example(version: Version) -> list[Message]:
-    metadata = mlflow.models.get_model_info(f"models:/{version.name}/{version.number}").metadata or {}
-    example: list[Message] = metadata.get("example", [])
-    return example
+    return Chat(version, ChatModel(folder), registry.example(version) if example else [])

@@ -47,7 +47,7 @@ def evaluate(
                 rival.scores if rival else None,
                 evaluation.differences(base_scores, candidate, rival),
             )
-            context = _context(recipe, base, dataset, adapter, merged)
+            context = _context(stage, base, dataset, adapter, merged)
             return evaluation.compare(base_scores, candidate, rival, decision, dataset, context, into)
 
         state = stage.run(
@@ -113,8 +113,9 @@ def _champion_scores(
 
 
 def _context(
-    recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset, adapter: Adapter, merged: MergedModel
+    stage: Stage, base: ModelSnapshot, dataset: PreparedDataset, adapter: Adapter, merged: MergedModel
 ) -> evaluation.ReportContext:
+    recipe = stage.retraining.recipe
     return evaluation.ReportContext(
         title=f"Retraining of {recipe.name}",
         recipe_name=recipe.name,
@@ -125,7 +126,9 @@ def _context(
             ("data", dataset.digest[:12]),
             ("adapter", adapter.digest[:12]),
             ("merged model", merged.digest[:12]),
+            ("MLflow run", stage.retraining.parent_run_id),
         ),
+        timings_s=stage.tracker.stage_seconds(stage.retraining),
     )
 
 

@@ -73,16 +73,22 @@ def scores_key(recipe: Recipe, model_digest: str, dataset: PreparedDataset) -> s
 
 def report_key(recipe: Recipe, candidate: str, champion: str | None, dataset: PreparedDataset) -> str:
     """Of the report that compares candidate, base and champion."""
-    part = {"evaluation": recipe.evaluation, "promotion": recipe.promotion, "seed": recipe.seed, "name": recipe.name}
+    part = _judging(recipe)
     inputs = {"candidate": candidate, "champion": champion or "", "data": dataset.digest}
     return fingerprint("report", evaluate.VERSION, part, inputs)
 
 
 def candidate_key(recipe: Recipe, merged: MergedModel, dataset: PreparedDataset) -> str:
     """Of a registered version: this model, judged on these rows by these rules."""
-    part = {"evaluation": recipe.evaluation, "promotion": recipe.promotion, "seed": recipe.seed, "name": recipe.name}
+    part = _judging(recipe)
     return fingerprint("register", 1, part, {"model": merged.digest, "data": dataset.digest})
 
 
 def _decisive(train: TrainRecipe) -> dict[str, object]:
     return train.model_dump(mode="json", exclude=HOW_NOT_WHAT)
+
+
+def _judging(recipe: Recipe) -> dict[str, object]:
+    """What decides a verdict; who has to approve it afterwards does not."""
+    gates = [gate.model_dump(mode="json") for gate in recipe.promotion.gates]
+    return {"evaluation": recipe.evaluation, "gates": gates, "seed": recipe.seed, "name": recipe.name}

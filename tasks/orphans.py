@@ -9,6 +9,9 @@ from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
+from tasks.approval import expire_all
+from tasks.moves import edits_by_hand, repair
+from tasks.registry import ModelRegistry
 from tasks.settings import Settings
 from tasks.tracking import Tracker, owner_is_alive
 
@@ -28,6 +31,13 @@ def end_orphans(tracker: Tracker) -> list[str]:
     for flow_run_id in {_flow_run_id(run) for run in orphans} - {None}:
         _crash(str(flow_run_id))
     return [run.info.run_id for run in orphans]
+
+
+def repair_registry(registry: ModelRegistry) -> list[str]:
+    """Finish moves that were cut short, expire approvals that nobody gave, and name edits that were made by hand."""
+    names = registry.names()
+    repaired = [done for name in names if (done := repair(registry, name))]
+    return repaired + expire_all(registry) + [edit for name in names for edit in edits_by_hand(registry, name)]
 
 
 def end_stray_servers(settings: Settings) -> None:

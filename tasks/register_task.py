@@ -7,8 +7,10 @@ from prefect.states import Completed
 
 from qlora_core.artifacts import Adapter, EvaluationReport, MergedModel, ModelSnapshot, PreparedDataset
 from qlora_core.modeling.rows import example_messages
+from tasks.approval import NOBODY
 from tasks.keys import candidate_key
 from tasks.registry import ModelRegistry, Version
+from tasks.settings import Settings
 from tasks.stage import RETRYING, Stage
 from tasks.tracking import Described, Retraining
 
@@ -28,7 +30,9 @@ def register(
     with Stage("register", retraining) as stage:
         registry = ModelRegistry(stage.settings)
         known = registry.find(recipe.name, key)
-        if known is not None:
+        if known is not None:  # judged again, perhaps against another champion
+            registry.tag(known, _judged(stage.settings, retraining, report))
+            known = registry.version(recipe.name, known.number)
             stage.display.done(f"version {known.number} of {recipe.name}", reused=True)
             return Completed(name="Reused", data=known)
         with stage.recorded(key) as run:
@@ -39,29 +43,36 @@ def register(
                 run.run_id,
                 merged.path / "model",
                 example_messages(dataset.path),
-                _lineage(retraining, base, dataset, adapter, merged, report),
+                {**_lineage(base, dataset, adapter, merged), **_judged(stage.settings, retraining, report)},
             )
             run.describe(Described(tags={"qlora.version": str(version.number), "qlora.digest": merged.digest}))
         stage.display.done(f"version {version.number} of {recipe.name}")
         return Completed(name="Made", data=version)
 
 
-def _lineage(
-    retraining: Retraining,
-    base: ModelSnapshot,
-    dataset: PreparedDataset,
-    adapter: Adapter,
-    merged: MergedModel,
-    report: EvaluationReport,
-) -> dict[str, str]:
+def _lineage(base: ModelSnapshot, dataset: PreparedDataset, adapter: Adapter, merged: MergedModel) -> dict[str, str]:
+    """What the version is made from."""
     return {
         "qlora.base": base.source,
         "qlora.base_digest": base.digest,
         "qlora.data_digest": dataset.digest,
         "qlora.adapter_digest": adapter.digest,
         "qlora.model_digest": merged.digest,
+    }
+
+
+def _judged(settings: Settings, retraining: Retraining, report: EvaluationReport) -> dict[str, str]:
+    """What it was judged by."""
+    place = f"#/experiments/{retraining.experiment_id}/runs/{retraining.parent_run_id}/artifacts/report.html"
+    served = settings.mlflow_uri.startswith("http")
+    return {
+        "qlora.report": f"{settings.mlflow_uri.rstrip('/')}/{place}"
+        if served
+        else report.path.as_uri() + "/report.html",
         "qlora.report_digest": report.digest,
         "qlora.report_key": report.fingerprint,
+        "qlora.compared_with": report.champion_digest or NOBODY,
         "qlora.parent_run": retraining.parent_run_id,
         "qlora.scores": json.dumps(report.candidate),
+        "qlora.other_scores": json.dumps({"base": report.base, "champion": report.champion or {}}),
     }

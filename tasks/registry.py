@@ -1,29 +1,30 @@
-"""The model registry: versions, aliases, promotion as compare-and-swap, rollback.
+"""The model registry: its versions, their tags and aliases, and the files behind them.
 
-Aliases: `champion` is what servers load, `previous` what it replaced, `challenger` the newest candidate.
-Tags of a version: `qlora.key` (what it was judged as), `qlora.verdict`, `qlora.reason`, and its lineage.
+Aliases: `champion` is what servers load, `previous` what it replaced, `challenger` the newest candidate; `moves.py`
+moves them. Tags of a version: `qlora.key` (what it was judged as), `qlora.verdict`, `qlora.reason`, and its lineage.
 Only "does not exist" means "no champion"; any other error of the registry stops the caller.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import mlflow
-from filelock import FileLock
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from qlora_core.artifacts import Record
 from qlora_core.errors import RegistryError
+from tasks.locks import registry_lock
 from tasks.settings import Settings
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 TASK = "llm/v1/chat"
+LOGGED_MODEL = "qlora.logged_model"
+"""Tag of a run: the model that it has logged."""
 
 
 class Version(Record):
@@ -42,17 +43,23 @@ class Version(Record):
         scores: dict[str, float] = json.loads(self.tags.get("qlora.scores", "{}"))
         return scores
 
+    @property
+    def other_scores(self) -> dict[str, dict[str, float]]:
+        """What `base` and `champion` scored on the same rows when this version was judged."""
+        scores: dict[str, dict[str, float]] = json.loads(self.tags.get("qlora.other_scores", "{}"))
+        return scores
+
 
 class ModelRegistry:
     """The registry of one MLflow server, or of the embedded database."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, client: MlflowClient | None = None) -> None:
         self.settings = settings
-        self.client = MlflowClient(settings.mlflow_uri)
+        self.client = client or MlflowClient(settings.mlflow_uri)
 
     def names(self) -> list[str]:
         """All registered models."""
-        return [model.name for model in self.client.search_registered_models()]
+        return [model.name for model in self.client.search_registered_models(max_results=1000)]
 
     def versions(self, name: str) -> list[Version]:
         """All versions of a model, newest first; none when the model does not exist."""
@@ -67,8 +74,13 @@ class ModelRegistry:
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return {}
-            raise RegistryError(f"the registry could not say what {name} is: {error}") from error
+            raise
         return {alias: int(number) for alias, number in model.aliases.items()}
+
+    def model_tags(self, name: str) -> dict[str, str]:
+        """Tags of the registered model itself; empty when it does not exist."""
+        found = self.client.search_registered_models(f"name = '{name}'")
+        return dict(found[0].tags) if found else {}
 
     def at_alias(self, name: str, alias: str) -> Version | None:
         """The version that an alias points at, or None."""
@@ -76,6 +88,29 @@ class ModelRegistry:
         if alias not in aliases:
             return None
         return _version(self.client.get_model_version(name, str(aliases[alias])), aliases)
+
+    def resolve(self, reference: str) -> Version:
+        """The version that `MODEL@ALIAS` or `MODEL@NUMBER` means; `MODEL` alone is its champion.
+
+        Raises:
+            RegistryError: there is no such model, alias or version.
+        """
+        name, _, which = reference.partition("@")
+        if which.isdecimal():
+            return self.version(name, int(which))
+        version = self.at_alias(name, which or CHAMPION)
+        if version is None:
+            aliases = self.aliases(name)
+            known = f"its aliases are {', '.join(sorted(aliases))}" if aliases else f"models: {', '.join(self.names())}"
+            raise RegistryError(f"there is no {reference}; {known or 'there are no models yet'}")
+        return version
+
+    def example(self, version: Version) -> list[dict[str, str]]:
+        """The held-out conversation that a version was logged with."""
+        mlflow.set_tracking_uri(self.settings.mlflow_uri)
+        metadata = mlflow.models.get_model_info(f"models:/{version.name}/{version.number}").metadata or {}
+        example: list[dict[str, str]] = metadata.get("example", [])
+        return example
 
     def find(self, name: str, key: str) -> Version | None:
         """The version that was judged under this fingerprint, or None."""
@@ -85,62 +120,68 @@ class ModelRegistry:
     def register(
         self, name: str, key: str, run_id: str, folder: Path, example: list[dict[str, str]], tags: Mapping[str, str]
     ) -> Version:
-        """Log a model folder to the run and register it once; a repeat finds the earlier version."""
-        with self.locked(name):
+        """Log a model folder to the run and register it once; a repeat finds the earlier version.
+
+        Files may take minutes to be copied, so that the lock is held only for the version itself.
+        """
+        uri = self._logged(name, run_id, folder, example)
+        with registry_lock(self.settings, name):
             found = self.find(name, key)
             if found is None:
-                uri = self._log_model(name, run_id, folder, example)
                 self._ensure_name(name)
                 all_tags = {"qlora.key": key, **tags}
-                made = self.client.create_model_version(name, source=uri, run_id=run_id, tags=all_tags)
+                model_id = uri.removeprefix("models:/")
+                made = self.client.create_model_version(name, uri, run_id, all_tags, model_id=model_id)
                 found = _version(made, {})
-            self.client.set_registered_model_alias(name, CHALLENGER, str(found.number))
+            if CHAMPION not in found.aliases:
+                self.client.set_registered_model_alias(name, CHALLENGER, str(found.number))
             return found
 
-    def promote(self, name: str, number: int, compared_with: str | None) -> None:
-        """Make a version the champion, if the champion is still the model that it was compared with.
-
-        Args:
-            name: the registered model.
-            number: the version to promote.
-            compared_with: digest of the champion's model when the version was evaluated; None if there was none.
+    def version(self, name: str, number: int) -> Version:
+        """One version.
 
         Raises:
-            RegistryError: another version became champion in the meantime.
+            RegistryError: there is no such version.
         """
-        with self.locked(name):
-            current = self.at_alias(name, CHAMPION)
-            if current is not None and current.number == number:  # an earlier attempt got this far
-                self._drop_challenger(name, number)
-                return
-            if (current.tags.get("qlora.model_digest") if current else None) != compared_with:
+        found = self.find_version(name, number)
+        if found is None:
+            known = ", ".join(str(version.number) for version in self.versions(name))
+            raise RegistryError(f"{name} has no version {number}; it has {known or 'none'}")
+        return found
+
+    def find_version(self, name: str, number: int) -> Version | None:
+        """One version, or None."""
+        try:
+            return _version(self.client.get_model_version(name, str(number)), self.aliases(name))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+
+    def delete(self, name: str, number: int) -> None:
+        """Take a version out of the registry.
+
+        MLflow drops the aliases of a version that is deleted without a word, and servers lose their model.
+
+        Raises:
+            RegistryError: there is no such version, or an alias points at it.
+        """
+        with registry_lock(self.settings, name):
+            version = self.version(name, number)
+            if version.aliases:
                 raise RegistryError(
-                    f"{name}: version {number} was compared with {_short(compared_with)}, but the champion is now "
-                    f"{f'version {current.number}' if current else 'none'}. Nothing was changed; run again to compare "
-                    "with the new champion"
+                    f"{name} version {number} is {' and '.join(version.aliases)}; promote another version, or roll "
+                    "back, before it is deleted. Nothing was changed"
                 )
-            if current is not None:
-                self.client.set_registered_model_alias(name, PREVIOUS, str(current.number))
-            self.client.set_registered_model_alias(name, CHAMPION, str(number))
-            self._drop_challenger(name, number)
+            self.client.delete_model_version(name, str(number))
 
-    def rollback(self, name: str) -> tuple[int, int]:
-        """Swap `champion` and `previous`; returns the numbers of the old and the new champion.
-
-        Raises:
-            RegistryError: there is no earlier champion.
-        """
-        with self.locked(name):
-            aliases = self.aliases(name)
-            if CHAMPION not in aliases or PREVIOUS not in aliases:
-                raise RegistryError(f"{name} has no earlier champion; its aliases are {aliases or 'none'}")
-            old, new = aliases[CHAMPION], aliases[PREVIOUS]
-            self.client.set_registered_model_alias(name, CHAMPION, str(new))
-            self.client.set_registered_model_alias(name, PREVIOUS, str(old))
-            return old, new
+    def tag(self, version: Version, tags: Mapping[str, str]) -> None:
+        """Set tags on a version."""
+        for key, value in tags.items():
+            self.client.set_model_version_tag(version.name, str(version.number), key, value)
 
     def decide(self, name: str, number: int, verdict: str, reason: str) -> None:
-        """Write down what was decided about a version."""
+        """Write down what was decided about a version, for people and for programs."""
         self.client.set_model_version_tag(name, str(number), "qlora.verdict", verdict)
         self.client.set_model_version_tag(name, str(number), "qlora.reason", reason)
         self.client.update_model_version(name, str(number), description=f"{verdict}: {reason}")
@@ -157,13 +198,14 @@ class ModelRegistry:
                 Path(copied).rename(folder)
         return folder
 
-    @contextmanager
-    def locked(self, name: str) -> Iterator[None]:
-        """Hold the lock of a registered model on this machine."""
-        locks = self.settings.root / "locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"registry-{name}.lock"):
-            yield
+    def _logged(self, name: str, run_id: str, folder: Path, example: list[dict[str, str]]) -> str:
+        """Where MLflow keeps the model of this run; logged once, the run remembers it."""
+        known: str | None = self.client.get_run(run_id).data.tags.get(LOGGED_MODEL)
+        if known is not None:
+            return known
+        uri = self._log_model(name, run_id, folder, example)
+        self.client.set_tag(run_id, LOGGED_MODEL, uri)
+        return uri
 
     def _log_model(self, name: str, run_id: str, folder: Path, example: list[dict[str, str]]) -> str:
         """Log without loading any weights; `mlflow.transformers` only knows the active run, so it is set here."""
@@ -185,14 +227,6 @@ class ModelRegistry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise RegistryError(f"the registry refused the name {name}: {error}") from error
-
-    def _drop_challenger(self, name: str, number: int) -> None:
-        if self.aliases(name).get(CHALLENGER) == number:
-            self.client.delete_registered_model_alias(name, CHALLENGER)
-
-
-def _short(digest: str | None) -> str:
-    return f"a champion whose model is {digest[:12]}" if digest else "no champion"
 
 
 def _version(version: ModelVersion, aliases: Mapping[str, int]) -> Version:

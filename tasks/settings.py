@@ -23,6 +23,9 @@ class Settings(BaseSettings):
     metrics_every_steps: int = 1
     """How often training metrics go to MLflow: `QLORA_METRICS_EVERY_STEPS`."""
 
+    mlflow_server: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
+    """The team's tracking server: `MLFLOW_TRACKING_URI`."""
+
     @property
     def root(self) -> Path:
         """The home as an absolute path; a relative one in a database would follow the working directory."""
@@ -41,12 +44,12 @@ class Settings(BaseSettings):
     @property
     def mlflow_uri(self) -> str:
         """The team's tracking server, or a database in the home."""
-        return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{self.root / 'mlflow' / 'mlflow.db'}"
+        return self.mlflow_server or f"sqlite:///{self.root / 'mlflow' / 'mlflow.db'}"
 
     @property
     def mlflow_artifacts(self) -> str | None:
         """Where a new experiment keeps artifacts; None leaves it to the team's server."""
-        return None if os.environ.get("MLFLOW_TRACKING_URI") else (self.root / "mlflow" / "artifacts").as_uri()
+        return None if self.mlflow_server else (self.root / "mlflow" / "artifacts").as_uri()
 
     @property
     def embedded_prefect(self) -> bool:
@@ -62,6 +65,8 @@ class Settings(BaseSettings):
         """Point Prefect and MLflow at the home, before either is imported; what the user has set stays."""
         defaults = {
             "MLFLOW_DISABLE_TELEMETRY": "true",
+            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute; what waits longer is the retry of the task
             "MLFLOW_LOGGING_LEVEL": "ERROR",
             "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
             "DO_NOT_TRACK": "1",

@@ -12,9 +12,10 @@ from prefect.states import Completed
 from pydantic import BaseModel
 
 from qlora_core.artifacts import Artifact
-from qlora_core.errors import QloraError, SourceUnavailableError
+from qlora_core.errors import QloraError, RegistryUnavailableError, SourceUnavailableError
 from qlora_core.events import Metrics, Note, Progress, Report
 from qlora_core.store import EVERYTHING, Store, discard
+from tasks.failures import explain
 from tasks.progress import StageDisplay
 from tasks.settings import Settings
 from tasks.tracking import Described, Retraining, StageRun, Tracker
@@ -27,7 +28,7 @@ def worth_retrying(_task: object, _run: object, state: State[Any]) -> bool:
     """Whether the same call may succeed later: not when the user's input or the work itself is at fault."""
     try:
         state.result()
-    except (SourceUnavailableError, ConnectionError, TimeoutError):
+    except (SourceUnavailableError, RegistryUnavailableError, ConnectionError, TimeoutError):
         return True
     except BaseException:
         return False
@@ -61,6 +62,8 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.display.__exit__(kind, error, at)
+        if error is not None and (explained := explain(error, self.settings.mlflow_uri)):
+            raise explained from error
 
     def part(
         self,

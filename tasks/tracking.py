@@ -168,6 +168,15 @@ class Tracker:
         runs = self.search(retraining.experiment_id, f"tags.`qlora.stage` = '{stage}' AND tags.`qlora.key` = '{key}'")
         return next((run.info.run_id for run in runs if run.info.status == "FINISHED"), None)
 
+    def stage_seconds(self, retraining: Retraining) -> dict[str, float]:
+        """How long each finished stage took, those of earlier retrainings that this one reuses included."""
+        parent = self.client.get_run(retraining.parent_run_id)
+        reused = [run_id for tag, run_id in parent.data.tags.items() if tag.startswith("qlora.reused.")]
+        wanted = f"tags.`mlflow.parentRunId` = '{retraining.parent_run_id}'"
+        runs = [*map(self.client.get_run, reused), *self.search(retraining.experiment_id, wanted)]
+        finished = sorted((run for run in runs if run.info.end_time), key=lambda run: run.info.start_time)
+        return {run.data.tags["qlora.stage"]: (run.info.end_time - run.info.start_time) / 1000 for run in finished}
+
     def experiment(self, name: str) -> str:
         """The id of the experiment with this name, made when it is missing."""
         found = self.client.get_experiment_by_name(name)

@@ -60,3 +60,7 @@ class PromotionRecipe(Part):
     """Promote: what a candidate must reach to become `champion`."""
 
     gates: tuple[Gate, ...] = (Gate(metric="loss", against="base"), Gate(metric="loss", against="champion"))
+    approval: Literal["auto", "manual"] = "auto"
+    """`manual`: a version that passed its gates waits for a person, in the Prefect UI or by `qlora approve`."""
+    approval_timeout_h: Annotated[float, Field(gt=0)] = 72.0
+    """How long it waits."""
