@@ -128,6 +128,7 @@ def _context(
             ("merged model", merged.digest[:12]),
             ("MLflow run", stage.retraining.parent_run_id),
         ),
+        needs_approval=recipe.promotion.approval == "manual",
         timings_s=stage.tracker.stage_seconds(stage.retraining),
     )
 

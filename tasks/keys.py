@@ -73,9 +73,9 @@ def scores_key(recipe: Recipe, model_digest: str, dataset: PreparedDataset) -> s
 
 def report_key(recipe: Recipe, candidate: str, champion: str | None, dataset: PreparedDataset) -> str:
     """Of the report that compares candidate, base and champion."""
-    part = _judging(recipe)
+    part = {**_judging(recipe), "approval": recipe.promotion.approval}
     inputs = {"candidate": candidate, "champion": champion or "", "data": dataset.digest}
-    return fingerprint("report", evaluate.VERSION, part, inputs)
+    return fingerprint("report", evaluate.REPORT_VERSION, part, inputs)
 
 
 def candidate_key(recipe: Recipe, merged: MergedModel, dataset: PreparedDataset) -> str:

@@ -20,6 +20,8 @@ from qlora_core.process import run_child
 from qlora_core.recipe import EvaluationRecipe
 
 VERSION = 2
+REPORT_VERSION = 3
+"""Of the page and its data; scores stay what they are when only these change."""
 KEEP = FILES
 """What belongs to the scores of a model; the child's own folder does not."""
 
@@ -109,4 +111,14 @@ def _intervals(candidate: ModelScores, other: ModelScores, name: str) -> Interva
     return {score: interval_of_difference(ours[score], theirs[score]) for score in ours if score in theirs}
 
 
-__all__ = ["KEEP", "VERSION", "ReportContext", "check_metrics", "compare", "differences", "evaluate", "known_metrics"]
+__all__ = [
+    "KEEP",
+    "REPORT_VERSION",
+    "VERSION",
+    "ReportContext",
+    "check_metrics",
+    "compare",
+    "differences",
+    "evaluate",
+    "known_metrics",
+]

@@ -30,5 +30,7 @@ class ReportContext(Record):
     """JSON lines of training: `step`, `loss`, `learning_rate` and what else was logged."""
     lineage: tuple[tuple[str, str], ...] = ()
     """Role and identity: `("base model", "SmolLM2-135M, sha256 b179c952…")`."""
+    needs_approval: bool = False
+    """Whether a person decides after the gates have passed."""
     timings_s: dict[str, float] = Field(default_factory=dict)
     """Stage to seconds."""

@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any, Literal, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -72,7 +73,7 @@ def write_report(
 ) -> None:
     """Write `report.html` and `report.json`."""
     comparison = compare_answers({name: read_rows(scores.path).answers for name, scores in models.items()}, EXAMPLES)
-    verdict = state_verdict(decision, report)
+    verdict = state_verdict(decision, report, context.needs_approval)
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -87,6 +88,7 @@ def write_report(
             comparison=comparison,
             plots=_plots(dataset, context),
             dataset=dataset,
+            costs=_costs(read_curve(context.curve), context.timings_s),
             created=format_time(context.created),
             seconds=format_seconds,
         )
@@ -109,7 +111,7 @@ def write_report(
     write_atomically(into / "report.json", json.dumps(_finite(data), indent=1, ensure_ascii=False, allow_nan=False))
 
 
-def state_verdict(decision: PromotionDecision, report: EvaluationReport) -> str:
+def state_verdict(decision: PromotionDecision, report: EvaluationReport, needs_approval: bool = False) -> str:
     """The decision in one sentence that needs no knowledge of the field.
 
     A promotion names the score that a gate asked for and that people read most easily (a share, else the first);
@@ -119,15 +121,16 @@ def state_verdict(decision: PromotionDecision, report: EvaluationReport) -> str:
         failed = [gate for gate in decision.gates if not gate.passed]
         more = f"; and {len(failed) - 2} more" if len(failed) > 2 else ""
         return "Not promoted: " + "; ".join(_failure(gate) for gate in failed[:2]) + more + "."
+    done = "Passed its gates" if needs_approval else "Promoted"
     metric = _headline(decision, report)
     if metric is None:
-        return f"Promoted: {decision.reason}."
+        return f"{done}: {decision.reason}."
     before, after = report.base.get(metric), report.candidate[metric]
     title = describe(metric).title.lower()
     if before is None or before == after:
-        return f"Promoted: {title} {'is' if before is None else 'stays at'} {_rounded(metric, after)}."
+        return f"{done}: {title} {'is' if before is None else 'stays at'} {_rounded(metric, after)}."
     verb = "rose" if after > before else "fell"
-    return f"Promoted: {title} {verb} from {_rounded(metric, before)} to {_rounded(metric, after)}."
+    return f"{done}: {title} {verb} from {_rounded(metric, before)} to {_rounded(metric, after)}."
 
 
 def format_score(name: str, value: float | None) -> str:
@@ -266,6 +269,20 @@ def _plots(dataset: PreparedDataset, context: ReportContext) -> dict[str, Markup
         "learning_rate": Markup(plot_learning_rate(points) if "learning_rate" in logged else ""),
         "lengths": Markup(plot_lengths(lengths) if any(lengths.values()) else ""),
     }
+
+
+def _costs(points: Sequence[Mapping[str, float]], timings_s: Mapping[str, float]) -> list[tuple[str, str]]:
+    """What the candidate has cost, as far as it was measured."""
+    costs = [("All stages", format_seconds(sum(timings_s.values())))] if timings_s else []
+    if points:
+        costs.append(("Training steps", f"{points[-1]['step']:,.0f}"))
+    speeds = [point["tokens_per_s"] for point in points if "tokens_per_s" in point]
+    if speeds:
+        costs.append(("Training tokens per second, median", f"{median(speeds):,.0f}"))
+    memory = [point["peak_memory_gib"] for point in points if "peak_memory_gib" in point]
+    if memory:
+        costs.append(("Peak GPU memory", f"{max(memory):.1f} GiB"))
+    return costs
 
 
 def _finite(value: Any) -> Any:

@@ -108,6 +108,30 @@ def test_a_refusal_names_the_gate_that_failed_its_value_and_its_limit(
     assert "Champion" in words
 
 
+def test_a_candidate_that_a_person_has_to_approve_is_not_called_promoted(
+    make: MakeScores, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "the call")
+    context = CONTEXT.model_copy(update={"needs_approval": True})
+    compare(base, candidate, None, decide_on(CANDIDATE), dataset, context, tmp_path)
+    words = " ".join(Page((tmp_path / "report.html").read_text()).words)
+    assert "Passed its gates: valid tool calls rose from" in words
+    assert "Promoted" not in words
+
+
+def test_the_page_says_what_the_candidate_took(make: MakeScores, dataset: PreparedDataset, tmp_path: Path) -> None:
+    curve = tmp_path / "curve.jsonl"
+    speeds = [(1, 50.0, 3.0), (2, 1200.0, 3.5), (3, 1100.0, 3.2)]
+    points = [{"step": n, "loss": 1.0, "tokens_per_s": speed, "peak_memory_gib": gib} for n, speed, gib in speeds]
+    curve.write_text("\n".join(map(json.dumps, points)))
+    base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "the call")
+    context = CONTEXT.model_copy(update={"curve": curve})
+    compare(base, candidate, None, decide_on(CANDIDATE), dataset, context, tmp_path)
+    words = " ".join(Page((tmp_path / "report.html").read_text()).words)
+    for cost in ("Train 2 min 4 s", "Training steps 3", "per second, median 1,100", "Peak GPU memory 3.5 GiB"):
+        assert cost in re.sub(r"\s+", " ", words)
+
+
 def test_the_page_is_one_file_that_loads_and_runs_nothing_even_when_data_tries_to(
     make: MakeScores, dataset: PreparedDataset, tmp_path: Path
 ) -> None:
