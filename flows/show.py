@@ -99,7 +99,7 @@ def _table(versions: list[Version]) -> Table:
 
 def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) -> None:
     """Counts, dropped rows, three rows with their trained tokens marked, and the memory that training needs."""
-    from qlora_core.training.memory import estimate
+    from qlora_core.training.memory import plan_memory
 
     console.print(f"[bold]{recipe.name}[/] is ready to run.\n")
     facts = base.architecture
@@ -111,11 +111,16 @@ def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) ->
     console.print(f"tokens    {dataset.train_tokens:,}, {dataset.trained_tokens:,} of them carry loss")
     for reason, count in dataset.dropped.items():
         console.print(f"dropped   {count:,} rows: {reason}")
-    need = estimate(facts, recipe.train, min(4096, dataset.longest_row_tokens * recipe.train.effective_batch_rows), 2)
-    console.print(
-        f"memory    about {need.total_gib:.1f} GiB on a GPU: weights {need.weights_gib:.1f}, adapter and optimizer "
-        f"{need.adapter_gib:.1f}, activations {need.activations_gib:.1f}"
-    )
+    step_tokens = round(dataset.train_tokens / dataset.train_rows * recipe.train.effective_batch_rows)
+    for name, limit_gib in (("memory", 80.0), ("", 24.0)):
+        plan = plan_memory(facts, recipe.train, dataset.longest_row_tokens, step_tokens, limit_gib * 0.9)
+        need = plan.estimate
+        passing_gib = need.activations_gib + need.workspace_gib
+        console.print(
+            f"{name:9} about {need.total_gib:.1f} GiB on a GPU of {limit_gib:.0f} GB: weights {need.weights_gib:.1f}, "
+            f"adapter and optimizer {need.adapter_gib:.1f}, activations {passing_gib:.1f} "
+            f"({plan.activation_memory}, passes of {plan.capacity_tokens:,} tokens)"
+        )
     console.print("\nThree training rows; what carries loss is [bold green]green[/]:")
     for row in json.loads((dataset.path / "preview.json").read_text()):
         text = Text(f"\n── {row['row_id']} ", style="dim")

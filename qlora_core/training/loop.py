@@ -9,17 +9,15 @@ import torch
 from numpy.typing import NDArray
 
 from qlora_core.events import Metrics, Note, Progress, Report
-from qlora_core.modeling.loss import collate
 from qlora_core.modeling.rows import TokenRows
-from qlora_core.modeling.tokenizer import load_tokenizer
 from qlora_core.training import checkpoint
 from qlora_core.training.history import read_history, write_history
 from qlora_core.training.later import Later
 from qlora_core.training.optimizer import Parameters, set_learning_rate
-from qlora_core.training.plan import micro_batches, plan_steps, share_of
+from qlora_core.training.plan import plan_steps, share_of
 from qlora_core.training.schedule import learning_rate
 from qlora_core.training.spec import TrainSpec
-from qlora_core.training.step import Parallel, Share, seed_step, train_step
+from qlora_core.training.step import BatchMaker, Parallel, Share, seed_step, train_step
 from qlora_core.training.stopping import EVALUATION_LOSS, best_evaluation, is_exhausted
 from qlora_core.training.throughput import peak_memory_gib, step_operations
 from qlora_core.training.watch import refuse_divergence, refuse_spike, steps_in_spike
@@ -30,7 +28,6 @@ class Work(NamedTuple):
 
     rows: TokenRows
     evaluation_rows: TokenRows
-    pad_id: int
     steps: list[NDArray[np.int64]]
     """Row numbers of every step."""
 
@@ -52,7 +49,6 @@ def plan_work(spec: TrainSpec) -> Work:
     return Work(
         rows=rows,
         evaluation_rows=TokenRows(spec.dataset.path / "evaluation.arrow"),
-        pad_id=load_tokenizer(spec.base.path).pad_token_id,
         steps=plan_steps(
             len(rows), recipe.effective_batch_rows, recipe.epochs, recipe.max_steps, spec.seed, group_by=lengths
         ),
@@ -63,9 +59,17 @@ class Loop:
     """The training loop of one process."""
 
     def __init__(
-        self, spec: TrainSpec, work: Work, parallel: Parallel, parameters: Parameters, peak: float, report: Report
+        self,
+        spec: TrainSpec,
+        work: Work,
+        batches: BatchMaker,
+        parallel: Parallel,
+        parameters: Parameters,
+        peak: float,
+        report: Report,
     ) -> None:
         """`peak` is what one device reaches, in operations per second."""
+        self.batches = batches
         self.spec, self.recipe, self.work, self.parallel = spec, spec.recipe, work, parallel
         self.parameters, self.report = parameters, report
         self.checkpoints: Path = spec.into / "checkpoints"
@@ -102,15 +106,33 @@ class Loop:
         rate = float(parallel.optimizer.param_groups[0]["lr"])
         seed_step(self.spec.seed, step, parallel.rank)
         shares = self._shares(self.work.rows, chosen)
-        values = train_step(parallel, shares, int(self.work.rows.trained_tokens[chosen].sum()))
-        return Pending(step, rate, Later(values))
+        try:
+            values = train_step(parallel, shares, int(self.work.rows.trained_tokens[chosen].sum()))
+        except torch.OutOfMemoryError:
+            if parallel.processes > 1 or not self.batches.shrink():
+                raise
+        else:
+            return Pending(step, rate, Later(values))
+        return self._again_with_less(step)
+
+    def _again_with_less(self, step: int) -> Pending:
+        """The step once more after a pass ran out of memory; nothing of the first attempt is left."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+        torch.cuda.empty_cache()
+        self.report(Note(message=f"step {step} ran out of memory; it is repeated in passes of half the size"))
+        return self._step(step)
 
     def _shares(self, rows: TokenRows, chosen: NDArray[np.int64]) -> list[Share]:
         """This process's forward passes over some rows."""
-        parts = micro_batches(chosen, rows.lengths, self.recipe.micro_batch_size)
-        mine = share_of(parts, self.parallel.rank, self.parallel.processes)
+        mine = share_of(
+            self.batches.split(chosen, rows.lengths, self.parallel.processes),
+            self.parallel.rank,
+            self.parallel.processes,
+        )
         return [
-            Share(collate([rows[int(i)] for i in (part if len(part) else [0])], self.work.pad_id), counts=len(part) > 0)
+            Share(self.batches.collate([rows[int(i)] for i in (part if len(part) else [0])]), counts=len(part) > 0)
             for part in mine
         ]
 

@@ -1,13 +1,27 @@
-"""How much memory training needs, estimated from shapes before anything is loaded."""
+"""How much memory training on a GPU needs, from shapes alone: `qlora check` says it, the engine plans with it."""
+
+from collections.abc import Iterator
+from typing import Literal
 
 from qlora_core.artifacts import Architecture, Record
 from qlora_core.recipe import TrainRecipe
 
 GIB = 2**30
-NF4_BYTES = 0.5 + 1 / 64  # 4 bits and, per 64 weights, one scale (about a byte once doubly quantized)
-ADAM_BYTES = 16  # fp32 weight, gradient and two moments
-ACTIVATION_COPIES = 34
-"""Saved values per token and layer in units of the hidden size, without recomputation (arXiv:2205.05198, table 2)."""
+NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
+"""4 bits, and for each 64 weights a scale of a byte whose own scales take 4 bytes for each 256 of them."""
+FP32_SCALES_BYTES = 0.5 + 4 / 64
+MASTER_BYTES = 4 + 4 + 2
+"""An adapter parameter: fp32 value and gradient, and a 16-bit copy to compute with."""
+OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
+LOGIT_BYTES = 320 * 2**20
+"""Logits that exist at a time."""
+ON_THE_WAY = 3
+"""Blocks whose kept tensors are on the device at once when the rest is in host memory."""
+MICRO_BATCH_TOKENS = 16_384
+"""More in one pass is no faster on any GPU of today."""
+
+ActivationMemory = Literal["fast", "balanced", "small"]
+POLICIES: tuple[ActivationMemory, ...] = ("fast", "balanced", "small")
 
 
 class MemoryEstimate(Record):
@@ -16,31 +30,83 @@ class MemoryEstimate(Record):
     weights_gib: float
     adapter_gib: float
     activations_gib: float
+    workspace_gib: float
 
     @property
     def total_gib(self) -> float:
         """All of it."""
-        return self.weights_gib + self.adapter_gib + self.activations_gib
+        return self.weights_gib + self.adapter_gib + self.activations_gib + self.workspace_gib
 
 
-def estimate(facts: Architecture, recipe: TrainRecipe, micro_batch_tokens: int, bytes_per_value: int) -> MemoryEstimate:
+class MemoryPlan(Record):
+    """What one forward and backward pass may hold, and what it keeps."""
+
+    activation_memory: ActivationMemory
+    capacity_tokens: int
+    estimate: MemoryEstimate
+
+
+def estimate(
+    facts: Architecture, recipe: TrainRecipe, tokens: int, activation_memory: ActivationMemory, bytes_per_value: int = 2
+) -> MemoryEstimate:
     """Peak memory of one process.
 
     Args:
         facts: the base model's shapes.
-        recipe: rank and activation memory decide the rest.
-        micro_batch_tokens: tokens of one forward pass, padding included.
+        recipe: rank, optimizer and quantization.
+        tokens: of one forward pass.
+        activation_memory: what is kept between forward and backward.
         bytes_per_value: 2 for bf16 and fp16, 4 for fp32.
     """
     embeddings = facts.vocab * facts.hidden * (1 if facts.tied_embeddings else 2)
     linears = max(0, facts.parameters - embeddings)
-    per_layer = 1 if recipe.activation_memory == "small" else ACTIVATION_COPIES
-    activations = micro_batch_tokens * facts.hidden * facts.layers * per_layer * bytes_per_value / 2
+    quantized_bytes = NF4_BYTES if recipe.quantization.double else FP32_SCALES_BYTES
+    per_parameter = MASTER_BYTES + OPTIMIZER_BYTES[recipe.optimizer]
     return MemoryEstimate(
-        weights_gib=(linears * NF4_BYTES + embeddings * bytes_per_value) / GIB,
-        adapter_gib=adapter_parameters(facts, recipe.lora.rank) * ADAM_BYTES / GIB,
-        activations_gib=activations / GIB,
+        weights_gib=(linears * quantized_bytes + embeddings * bytes_per_value) / GIB,
+        adapter_gib=adapter_parameters(facts, recipe.lora.rank) * per_parameter / GIB,
+        activations_gib=_kept_bytes(facts, tokens, activation_memory, bytes_per_value) / GIB,
+        workspace_gib=_workspace_bytes(facts, tokens, activation_memory, bytes_per_value) / GIB,
     )
+
+
+def plan_memory(
+    facts: Architecture,
+    recipe: TrainRecipe,
+    longest_row_tokens: int,
+    step_tokens: int,
+    available_gib: float,
+    bytes_per_value: int = 2,
+) -> MemoryPlan:
+    """The fastest way of keeping activations, and the largest pass, that fit.
+
+    Args:
+        facts: the base model's shapes.
+        recipe: `activation_memory: auto` leaves the choice.
+        longest_row_tokens: no pass can hold less.
+        step_tokens: of one process in an optimizer step; no pass needs to hold more.
+        available_gib: for everything.
+        bytes_per_value: 2 for bf16, 4 for fp32.
+    """
+    wanted = max(longest_row_tokens, min(step_tokens, MICRO_BATCH_TOKENS))
+    chosen: ActivationMemory | Literal["auto"] = recipe.activation_memory
+    policies = POLICIES if chosen == "auto" else (chosen,)
+    enough = max(longest_row_tokens, wanted // 4)
+    for policy in policies:
+        for capacity in _falling(wanted, enough):
+            need = estimate(facts, recipe, capacity, policy, bytes_per_value)
+            if need.total_gib <= available_gib:
+                return MemoryPlan(activation_memory=policy, capacity_tokens=capacity, estimate=need)
+    need = estimate(facts, recipe, longest_row_tokens, policies[-1], bytes_per_value)
+    return MemoryPlan(activation_memory=policies[-1], capacity_tokens=longest_row_tokens, estimate=need)
+
+
+def _falling(most: int, least: int) -> Iterator[int]:
+    """Numbers from the most to the least, each three quarters of the one before."""
+    while most > least:
+        yield most
+        most = most * 3 // 4
+    yield least
 
 
 def adapter_parameters(facts: Architecture, rank: int) -> int:
@@ -49,3 +115,28 @@ def adapter_parameters(facts: Architecture, rank: int) -> int:
     attention = [(facts.hidden, facts.hidden)] * 2 + [(facts.hidden, key_value)] * 2
     mlp = [(facts.hidden, facts.intermediate)] * 3
     return facts.layers * rank * sum(inputs + outputs for inputs, outputs in attention + mlp)
+
+
+def _half_block_values(facts: Architecture) -> int:
+    """Values a token and block without gate and up: the stream twice, queries, keys and values, attention's output."""
+    return 4 * facts.hidden + 2 * facts.hidden * facts.kv_heads // facts.heads
+
+
+def _kept_bytes(facts: Architecture, tokens: int, policy: ActivationMemory, bytes_per_value: int) -> int:
+    """What is kept between forward and backward."""
+    log_sums = 4 * facts.heads
+    half = tokens * (_half_block_values(facts) * bytes_per_value + log_sums)
+    if policy == "small":
+        return min(ON_THE_WAY, facts.layers) * half
+    gate_up = tokens * 2 * facts.intermediate * bytes_per_value if policy == "fast" else 0
+    return facts.layers * (half + gate_up)
+
+
+def _workspace_bytes(facts: Architecture, tokens: int, policy: ActivationMemory, bytes_per_value: int) -> int:
+    """The most that exists beside what is kept: at the head, or in the backward of an MLP."""
+    stream = tokens * facts.hidden * bytes_per_value
+    logits = min(LOGIT_BYTES, tokens * facts.vocab * bytes_per_value)
+    recomputed = 0 if policy == "fast" else 2 * facts.intermediate * tokens * bytes_per_value
+    inner = tokens * facts.intermediate * bytes_per_value
+    weight = 2 * facts.intermediate * facts.hidden * bytes_per_value
+    return max(4 * stream + logits, recomputed + inner + 2 * stream + weight)

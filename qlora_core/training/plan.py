@@ -1,13 +1,14 @@
 """Which rows each optimizer step trains on: a pure function of the seed, known to every process and after any crash."""
 
+import heapq
 from collections.abc import Sequence
 from math import ceil
 
 import numpy as np
 from numpy.typing import NDArray
 
-MICRO_BATCH_TOKENS = 4096
-"""What `micro_batch_size: auto` lets one forward pass hold, padding included."""
+PADDED_TOKENS = 4096
+"""What `micro_batch_size: auto` lets one forward pass of padded rows hold, padding included."""
 
 GROUPED_STEPS = 50
 """Over how many steps `group_by_length` sorts rows."""
@@ -45,9 +46,44 @@ def micro_batches(
     """
     ordered = step[np.argsort(-lengths[step], kind="stable")]
     if micro_batch_size == "auto":
-        micro_batch_size = max(1, MICRO_BATCH_TOKENS // int(lengths[ordered[0]]))
+        micro_batch_size = max(1, PADDED_TOKENS // int(lengths[ordered[0]]))
     size = int(micro_batch_size)
     return [ordered[at : at + size] for at in range(0, len(ordered), size)]
+
+
+def packed_micro_batches(
+    step: NDArray[np.int64], lengths: NDArray[np.int64], micro_batch_size: int | str, capacity_tokens: int, shares: int
+) -> list[NDArray[np.int64]]:
+    """Split a step's rows into forward passes of about equally many tokens, for rows that are not padded.
+
+    Args:
+        step: row numbers.
+        lengths: of all rows, in tokens.
+        micro_batch_size: rows in a pass, or `auto` for as many as fit.
+        capacity_tokens: most tokens of a pass under `auto`.
+        shares: processes; under `auto` each gets equally many passes.
+    """
+    if micro_batch_size != "auto":
+        return micro_batches(step, lengths, micro_batch_size)
+    ordered = step[np.argsort(-lengths[step], kind="stable")]
+    rounds = ceil(int(lengths[ordered].sum()) / capacity_tokens / shares)
+    while True:
+        parts = _spread(ordered, lengths, min(rounds * shares, len(ordered)))
+        fits = max(int(lengths[part].sum()) for part in parts) <= capacity_tokens
+        if fits or len(parts) == len(ordered):
+            return parts
+        rounds += ceil(rounds / 50)
+
+
+def _spread(ordered: NDArray[np.int64], lengths: NDArray[np.int64], parts: int) -> list[NDArray[np.int64]]:
+    """Longest row first, each to where fewest tokens are."""
+    members: list[list[int]] = [[] for _ in range(parts)]
+    fullness = [(0, number) for number in range(parts)]
+    for row in ordered.tolist():
+        tokens, number = heapq.heappop(fullness)
+        members[number].append(row)
+        heapq.heappush(fullness, (tokens + int(lengths[row]), number))
+    return [np.array(rows, dtype=np.int64) for rows in members]
 
 
 def share_of(batches: Sequence[NDArray[np.int64]], rank: int, processes: int) -> list[NDArray[np.int64]]:

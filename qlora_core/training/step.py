@@ -1,13 +1,18 @@
 """One optimizer step: the loss of all its trained tokens, over all micro-batches and processes."""
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from peft import PeftModel
 
-from qlora_core.modeling.loss import Batch, token_loss
+from qlora_core.modeling.loss import Batch, collate, token_loss
+from qlora_core.modeling.rows import TokenRow
+from qlora_core.training.engine.pack import Pack
 from qlora_core.training.optimizer import Parameters
+from qlora_core.training.plan import micro_batches
 from qlora_core.training.precision import autocast
 
 
@@ -17,9 +22,25 @@ class LossModule(torch.nn.Module):
     A module of its own, because DeepSpeed hooks into `forward`.
     """
 
-    def __init__(self, model: PeftModel, dtype: torch.dtype) -> None:
+    def __init__(self, model: PeftModel, dtype: torch.dtype, pad_id: int, micro_batch_size: int | str) -> None:
         super().__init__()
         self.model, self.dtype = model, dtype
+        self._pad_id, self._micro_batch_size = pad_id, micro_batch_size
+
+    def split(self, step: NDArray[np.int64], lengths: NDArray[np.int64], processes: int) -> list[NDArray[np.int64]]:
+        """A step's rows as forward passes."""
+        return micro_batches(step, lengths, self._micro_batch_size)
+
+    def collate(self, rows: Sequence[TokenRow]) -> Batch:
+        """Rows padded to the longest."""
+        return collate(rows, self._pad_id)
+
+    def shrink(self) -> bool:
+        """Halve the rows of a pass where the recipe names them."""
+        if not isinstance(self._micro_batch_size, int) or self._micro_batch_size == 1:
+            return False
+        self._micro_batch_size //= 2
+        return True
 
     def forward(self, batch: Batch) -> torch.Tensor:
         """Sum of losses, 0-d, fp32."""
@@ -31,14 +52,27 @@ class LossModule(torch.nn.Module):
 class DirectLoss(Protocol):
     """A loss module that has a backward pass of its own."""
 
-    def loss_and_grads(self, batch: Batch) -> torch.Tensor:
+    def loss_and_grads(self, batch: Any) -> torch.Tensor:
         """Sum of losses, 0-d, fp32; its gradient is added to every `parameter.grad`."""
+
+
+class BatchMaker(Protocol):
+    """How a loss module wants its rows."""
+
+    def split(self, step: NDArray[np.int64], lengths: NDArray[np.int64], processes: int) -> list[NDArray[np.int64]]:
+        """A step's rows as forward passes of all processes."""
+
+    def collate(self, rows: Sequence[TokenRow]) -> Batch | Pack:
+        """The rows of one pass as tensors."""
+
+    def shrink(self) -> bool:
+        """Make passes smaller after one ran out of memory; False when they are as small as can be."""
 
 
 class Share(NamedTuple):
     """What one process does for one forward pass."""
 
-    batch: Batch
+    batch: Batch | Pack
     counts: bool
     """False for a stand-in that keeps a process with nothing left in step with the others."""
 
@@ -49,8 +83,8 @@ class Parallel(Protocol):
     rank: int
     processes: int
     device: torch.device
-    module: torch.nn.Module
-    """Call it to get a loss."""
+    module: Any
+    """Call it with a batch to get a loss; a wrapper hands on what it does not know itself."""
     optimizer: torch.optim.Optimizer
     own_schedule: bool
     """Whether the strategy sets the learning rate itself."""

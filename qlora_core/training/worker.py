@@ -11,15 +11,18 @@ from qlora_core.events import Note, Report
 from qlora_core.modeling.device import name_of, pick_device
 from qlora_core.modeling.load import load_quantized
 from qlora_core.modeling.lora import add_lora
+from qlora_core.modeling.tokenizer import load_tokenizer
 from qlora_core.training import checkpoint
 from qlora_core.training.data_parallel import DataParallel
+from qlora_core.training.engine.module import FusedLoss
 from qlora_core.training.loop import Loop, plan_work
+from qlora_core.training.losses import build_loss
 from qlora_core.training.noise import add_embedding_noise
 from qlora_core.training.optimizer import Parameters, build_optimizer
 from qlora_core.training.plots import plot_history
 from qlora_core.training.precision import training_dtype
 from qlora_core.training.spec import TrainSpec
-from qlora_core.training.step import LossModule, Parallel
+from qlora_core.training.step import Parallel
 from qlora_core.training.stopping import EVALUATION_LOSS, best_evaluation
 from qlora_core.training.throughput import practical_peak
 
@@ -38,11 +41,13 @@ def run(raw: dict[str, Any], report: Report) -> Adapter:
     if saved.step:
         checkpoint.fill_weights(saved.tensors, parameters)
     work = plan_work(spec)
-    module = build_loss_module(model, spec, dtype)
+    module = build_loss(model, spec, work.rows, load_tokenizer(spec.base.path).pad_token_id, dtype, report)
     parallel = build_parallel(spec, accelerator, module, parameters, dtype, len(work.steps), report)
+    if isinstance(module, FusedLoss):
+        module.follow(parallel.optimizer)
     if saved.step:
         parallel.load_optimizer(saved.tensors, parameters, saved.step)
-    loop = Loop(spec, work, parallel, parameters, peak, report)
+    loop = Loop(spec, work, module, parallel, parameters, peak, report)
     history = loop.run(saved.step)
     kept, evaluation_loss = history[-1].step, history[-1].values[EVALUATION_LOSS]
     weights = checkpoint.weights_in(parallel.state(parameters))
@@ -79,17 +84,10 @@ def start_processes(spec: TrainSpec, device: torch.device, report: Report) -> Ac
 def adapted_model(spec: TrainSpec, device: torch.device, dtype: torch.dtype) -> PeftModel:
     """The quantized base with a fresh adapter, the same for every process and every start."""
     model = load_quantized(spec.base.path, device, spec.recipe.quantization, dtype)
-    if spec.recipe.activation_memory == "small":
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     if spec.recipe.neftune_alpha:
         add_embedding_noise(model, spec.recipe.neftune_alpha)
     torch.manual_seed(spec.seed)
     return add_lora(model, spec.recipe.lora).train()
-
-
-def build_loss_module(model: PeftModel, spec: TrainSpec, dtype: torch.dtype) -> torch.nn.Module:
-    """What turns a batch into the sum of its losses."""
-    return LossModule(model, dtype)
 
 
 def build_parallel(

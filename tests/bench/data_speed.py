@@ -167,7 +167,7 @@ def main() -> None:
     rows = options.folder / f"rows-{options.rows}.jsonl"
     if options.one:
         result = measure(options.one, rows, options.tokenizer, options.folder / options.one, options.rows)
-        print(json.dumps(result))  # noqa: T201
+        print(json.dumps(result))
         return
     if not rows.is_file():
         make_rows(options.rows_file, options.rows, rows)
@@ -185,7 +185,7 @@ def main() -> None:
         command = [sys.executable, __file__, *sys.argv[1:], "--one", way]
         done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
         result = {**machine, **json.loads(done.stdout.splitlines()[-1])}
-        print(json.dumps(result))  # noqa: T201
+        print(json.dumps(result))
         with RESULTS.open("a") as file:
             file.write(json.dumps(result) + "\n")
 

@@ -75,7 +75,7 @@ def main() -> None:
         "same_answers": sum(ours == theirs for ours, theirs in zip(answers, reference, strict=True)),
     }
     line = json.dumps(result)
-    print(line)  # noqa: T201
+    print(line)
     RESULTS.parent.mkdir(exist_ok=True)
     with RESULTS.open("a") as file:
         file.write(line + "\n")

@@ -156,7 +156,7 @@ def one(way: str, folder: Path) -> None:
     peak_kib = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
     spent = {"wall_s": end.wall_s - start.wall_s, "cpu_s": end.cpu_s - start.cpu_s}
     measured = {**spent, "peak_memory_gib": peak_kib / 2**20}
-    print(json.dumps({name: round(value, 2) for name, value in measured.items()}))  # noqa: T201
+    print(json.dumps({name: round(value, 2) for name, value in measured.items()}))
 
 
 def main() -> None:
@@ -179,13 +179,13 @@ def main() -> None:
             for way in WAYS if turn == 0 else [way for way in WAYS if way != "peft"]:
                 row = {**machine, **measure(way, chosen.folder, cold)}
                 rows.append(row)
-                print(json.dumps(row), flush=True)  # noqa: T201
+                print(json.dumps(row), flush=True)
                 chosen.results.parent.mkdir(exist_ok=True)
                 with chosen.results.open("a") as file:
                     file.write(json.dumps(row) + "\n")
     shutil.rmtree(chosen.folder)
     for cold in (False, True):
-        print(summary([row for row in rows if row["cold"] is cold], "cold" if cold else "warm"))  # noqa: T201
+        print(summary([row for row in rows if row["cold"] is cold], "cold" if cold else "warm"))
 
 
 def summary(rows: list[dict[str, float]], state: str) -> str:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from qlora_core.recipe import TrainRecipe
-from qlora_core.training.plan import micro_batches, plan_steps, share_of
+from qlora_core.training.plan import micro_batches, packed_micro_batches, plan_steps, share_of
 from qlora_core.training.schedule import learning_rate
 
 LENGTHS = np.array([10, 200, 30, 4000, 50, 60, 70, 80])
@@ -85,3 +85,22 @@ def test_steps_of_similar_length_hold_every_row_once_and_follow_no_trend():
     assert np.mean([np.ptp(lengths[step]) for step in steps]) < 100
     longest = [int(lengths[step].max()) for step in steps[:-1]]
     assert longest != sorted(longest) and longest != sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_packed_passes_hold_every_row_once_and_no_more_tokens_than_fit(processes):
+    lengths = np.random.default_rng(0).integers(1, 500, 200)
+    parts = packed_micro_batches(np.arange(200), lengths, "auto", 2048, processes)
+    assert sorted(np.concatenate(parts)) == list(range(200))
+    assert max(lengths[part].sum() for part in parts) <= 2048
+    assert len(parts) % processes == 0
+
+
+def test_packed_passes_share_a_small_step_among_processes():
+    parts = packed_micro_batches(np.array([0, 2, 4, 5]), LENGTHS, "auto", 10_000, 2)
+    assert [sorted(part) for part in parts] == [[0, 5], [2, 4]]
+
+
+def test_a_row_longer_than_a_pass_has_one_of_its_own():
+    parts = packed_micro_batches(np.array([0, 3, 4]), LENGTHS, "auto", 2048, 1)
+    assert [list(part) for part in parts if 3 in part] == [[3]]

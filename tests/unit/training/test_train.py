@@ -106,7 +106,9 @@ def test_the_gradient_does_not_depend_on_how_a_step_is_split(base, dataset, tmp_
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.SGD(trained.values(), lr=1.0)  # moves by the gradient itself
         before = {name: p.detach().clone() for name, p in trained.items()}
-        parallel = DataParallel(Accelerator(cpu=True), LossModule(model, torch.float32), optimizer, 1e9, torch.float32)
+        parallel = DataParallel(
+            Accelerator(cpu=True), LossModule(model, torch.float32, 0, size), optimizer, 1e9, torch.float32
+        )
         parts = micro_batches(chosen, rows.lengths, size)
         shares = [Share(collate([rows[int(i)] for i in part], 0), counts=True) for part in parts]
         seen.append(float(train_step(parallel, shares, int(rows.trained_tokens[chosen].sum()))[0]))

@@ -1,0 +1,79 @@
+"""Passes recorded as CUDA graphs, one for each shape of pack, and replayed without launch overhead."""
+
+from typing import Any, NamedTuple
+
+import torch
+
+from qlora_core.events import Note, Report
+from qlora_core.training.engine.engine import Engine
+from qlora_core.training.engine.pack import Pack
+
+Shape = tuple[int, int, int, int]
+
+
+class _Recording(NamedTuple):
+    """A graph with the tensors that it reads and the one that it writes."""
+
+    graph: torch.cuda.CUDAGraph
+    pack: Pack
+    seed: torch.Tensor
+    noise: torch.Tensor | None
+    loss: torch.Tensor
+
+
+class Replayed:
+    """The engine's pass, recorded the first time that a shape of pack is seen.
+
+    The first pack of a shape runs as it is, which also compiles its kernels; the recording is made after it, and later
+    packs of this shape are copied into its inputs. Gradients are added where the engine adds them.
+    """
+
+    def __init__(self, engine: Engine, report: Report) -> None:
+        self._engine, self._report = engine, report
+        self._recordings: dict[Shape, _Recording] = {}
+        self._pool: Any = None
+        self._possible = engine.adapter.values.is_cuda
+
+    def loss_and_grads(self, pack: Pack, seed: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+        """As the engine's method; the loss is overwritten by the next call."""
+        recording = self._recordings.get(pack.shape)
+        if recording is not None:
+            _fill(recording, pack, seed, noise)
+            recording.graph.replay()
+            return recording.loss
+        loss = self._engine.loss_and_grads(pack, seed, noise)
+        if self._possible:
+            self._record(pack, seed, noise)
+        return loss
+
+    def forget(self) -> None:
+        """Drop all recordings, and the memory that they hold."""
+        self._recordings.clear()
+        self._pool = None
+
+    def _record(self, pack: Pack, seed: torch.Tensor, noise: torch.Tensor | None) -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the first pass left in the cache is of no use to a graph's own pool
+        graph = torch.cuda.CUDAGraph()
+        pack = pack.mapped(torch.clone)
+        seed, noise = seed.clone(), None if noise is None else noise.clone()
+        try:
+            with torch.cuda.graph(graph, pool=self._pool):
+                loss = self._engine.loss_and_grads(pack, seed, noise)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._possible = False
+            reason = str(error).splitlines()[0]
+            self._report(Note(message=f"steps run without CUDA graphs, as one could not be recorded: {reason}"))
+            return
+        self._pool = graph.pool()
+        self._recordings[pack.shape] = _Recording(graph, pack, seed, noise, loss)
+
+
+def _fill(recording: _Recording, pack: Pack, seed: torch.Tensor, noise: torch.Tensor | None) -> None:
+    recording.seed.copy_(seed, non_blocking=True)
+    for place, value in zip(recording.pack.tensors, pack.tensors, strict=True):
+        place.copy_(value, non_blocking=True)
+    if recording.noise is not None and noise is not None:
+        recording.noise.copy_(noise, non_blocking=True)

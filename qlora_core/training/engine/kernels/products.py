@@ -1,0 +1,100 @@
+"""The products of an adapter's backward that read wide matrices, in one pass over them.
+
+Every program owns a strip of columns and a chunk of tokens. Partial sums go to memory and are added up in a fixed
+order, so that equal inputs give equal bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+WIDE, TALL = 256, 64
+PROGRAMS = 1056
+"""Eight for each of 132 multiprocessors: how finely tokens are split."""
+
+
+@triton.jit
+def _matrix(at, stride, other_stride, rows, row_ok, ranks, rank_ok):  # type: ignore[no-untyped-def]
+    place = at + rows[:, None] * stride + ranks[None, :] * other_stride
+    return tl.load(place, mask=row_ok[:, None] & rank_ok[None, :], other=0)
+
+
+@triton.jit
+def _both_sides(  # type: ignore[no-untyped-def]
+    x, m, u, low, outer, tokens, width, rank, x_stride, m_width, m_rank, u_stride, chunk,
+    RANK: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
+):  # fmt: skip
+    columns, ranks = tl.program_id(0) * WIDE + tl.arange(0, WIDE), tl.arange(0, RANK)
+    column_ok, rank_ok = columns < width, ranks < rank
+    m_tile = _matrix(m, m_width, m_rank, columns, column_ok, ranks, rank_ok)
+    total = tl.zeros((WIDE, RANK), dtype=tl.float32)
+    first = tl.program_id(1) * chunk
+    for start in range(first, tl.minimum(first + chunk, tokens), TALL):
+        rows = start + tl.arange(0, TALL)
+        row_ok = rows < tokens
+        at = x + rows[:, None].to(tl.int64) * x_stride + columns[None, :]
+        x_tile = tl.load(at, mask=row_ok[:, None] & column_ok[None, :], other=0)
+        u_tile = _matrix(u, u_stride, 1, rows, row_ok, ranks, rank_ok)
+        low_at = low + (tl.program_id(0) * tokens + rows)[:, None].to(tl.int64) * rank + ranks[None, :]
+        part = tl.dot(x_tile, m_tile, input_precision="ieee")
+        tl.store(low_at, part, mask=row_ok[:, None] & rank_ok[None, :])
+        total += tl.dot(tl.trans(x_tile), u_tile, input_precision="ieee")
+    outer_at = outer + (tl.program_id(1) * width + columns)[:, None].to(tl.int64) * rank + ranks[None, :]
+    tl.store(outer_at, total, mask=column_ok[:, None] & rank_ok[None, :])
+
+
+@triton.jit
+def _add_up(  # type: ignore[no-untyped-def]
+    partial, out, parts, rows, width, row_stride, column_stride, scale,
+    ADD: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    ok = (row < rows)[:, None] & (column < width)[None, :]
+    total = tl.zeros((ROWS, WIDTH), dtype=tl.float32)
+    for part in range(parts):
+        at = partial + (part * rows + row)[:, None].to(tl.int64) * width + column[None, :]
+        total += tl.load(at, mask=ok, other=0)
+    total *= scale
+    place = out + row[:, None].to(tl.int64) * row_stride + column[None, :] * column_stride
+    if ADD:
+        total += tl.load(place, mask=ok, other=0).to(tl.float32)
+    tl.store(place, total.to(out.dtype.element_ty), mask=ok)
+
+
+def _sum_into(partial: torch.Tensor, out: torch.Tensor, scale: float, add: bool) -> None:
+    """Sum `partial` `[parts, rows, width]` into `out` `[rows, width]`, in order."""
+    parts, rows, width = partial.shape
+    block = 32
+    _add_up[(triton.cdiv(rows, block),)](
+        partial, out, parts, rows, width, out.stride(0), out.stride(1), scale, add, block,
+        triton.next_power_of_2(width), num_warps=4,
+    )  # fmt: skip
+
+
+def both_sides(
+    x: torch.Tensor, m: torch.Tensor, u: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, scale: float
+) -> None:
+    """`low = x @ m` and `grad += scale * x.T @ u`, reading `x` once.
+
+    Args:
+        x: `[tokens, width]`, rows may be apart.
+        m: `[width, rank]`, any strides.
+        u: `[tokens, rank]`, rows may be apart.
+        low: `[tokens, rank]`, any strides.
+        grad: `[width, rank]` in fp32, any strides.
+        scale: of what is added.
+    """
+    (tokens, width), rank = x.shape, m.shape[1]
+    tiles = triton.cdiv(width, WIDE)
+    chunks = max(1, min(triton.cdiv(PROGRAMS, tiles), triton.cdiv(tokens, 4 * TALL)))
+    chunk = triton.cdiv(triton.cdiv(tokens, chunks), TALL) * TALL
+    chunks = triton.cdiv(tokens, chunk)
+    lows = torch.empty(tiles, tokens, rank, device=x.device, dtype=torch.float32)
+    outers = torch.empty(chunks, width, rank, device=x.device, dtype=torch.float32)
+    _both_sides[(tiles, chunks)](
+        x, m, u, lows, outers, tokens, width, rank, x.stride(0), m.stride(0), m.stride(1), u.stride(0), chunk,
+        max(16, triton.next_power_of_2(rank)), WIDE, TALL, num_warps=8, num_stages=3,
+    )  # fmt: skip
+    _sum_into(lows, low, 1.0, add=False)
+    _sum_into(outers, grad, scale, add=True)

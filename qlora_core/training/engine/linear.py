@@ -1,0 +1,183 @@
+"""Linears that read the same input, as one matrix product, with their adapters.
+
+Without dropout the adapter is part of the weight: `W + s B A` is made while dequantizing, and neither direction needs
+another pass over the wide outputs. With dropout the adapter reads an input of its own and stays apart.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch.nn import functional
+
+from qlora_core.errors import TrainingError
+from qlora_core.training.engine.adapter import FlatAdapter, Pair
+from qlora_core.training.engine.ops import add_product, both_sides, dropout
+from qlora_core.training.engine.weights import Weight, weight_of
+
+
+class Part(NamedTuple):
+    """One linear of a group: its weight, its columns of the output, its adapter."""
+
+    weight: Weight
+    columns: slice
+    pair: Pair | None
+
+
+class Group:
+    """Linears that read the same input."""
+
+    def __init__(self, parts: Sequence[Part], bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device):
+        self._parts, self._bias, self._dtype, self._device = parts, bias, dtype, device
+        self.shape = (parts[-1].columns.stop, parts[0].weight.shape[1])
+        self.apart = any(pair.dropout > 0 for pair in self.pairs)
+        """Whether the adapter is computed beside the weight and not as part of it."""
+        self._kept: torch.Tensor | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of the dequantized weight."""
+        size: int = self.shape[0] * self.shape[1] * self._dtype.itemsize
+        return size
+
+    def keep(self) -> None:
+        """Hold the dequantized weight from now on; `refresh` must follow every change of the adapter."""
+        self._kept = torch.empty(self.shape, dtype=self._dtype, device=self._device)
+        self._fill(self._kept)
+
+    def keep_apart(self) -> None:
+        """Hold the base's weight alone, and compute the adapter as products of its own."""
+        self.apart = True
+        self.keep()
+
+    def refresh(self) -> None:
+        """Make the held weight anew."""
+        if self._kept is not None and not self.apart:
+            self._fill(self._kept)
+
+    def forward(self, x: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+        """`[tokens, inputs]` to `[tokens, outputs]`."""
+        y = functional.linear(x, self._weight(), self._bias)
+        if self.apart:
+            for part, pair in self._adapted():
+                low = torch.mm(_dropped(x, pair, seed), pair.a.t())
+                y[:, part.columns].addmm_(low, pair.b.t())
+        return y
+
+    def input_grad(self, grad: torch.Tensor) -> torch.Tensor:
+        """Gradient of the input but for what `adapter_grads` adds."""
+        return torch.mm(grad, self._weight())
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """The adapters, in order."""
+        return [part.pair for part in self._parts if part.pair is not None]
+
+    def adapter_grads(
+        self, grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, input_grad: torch.Tensor | None
+    ) -> None:
+        """Add the gradients of the adapters, and of the input through them when they stand apart.
+
+        Args:
+            grad: of the outputs.
+            x: the input.
+            seed: of the dropout masks; None for no dropout.
+            input_grad: is added to; None when nobody needs it.
+        """
+        if self.apart or len(self.pairs) < len(self._parts):
+            self._one_by_one(grad, x, seed, input_grad)
+        elif self.shape[1] > self.shape[0]:
+            self._wide_input(grad, x)
+        else:
+            self._wide_output(grad, x)
+
+    def _wide_output(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+        """All adapters read the same input: it is read once for all of them, and each part of `grad` once."""
+        first, count = self.pairs[0], len(self._parts)
+        low, rank = torch.mm(x, _stacked(first.a, count).t()), len(first.a)
+        low_grad = torch.empty_like(low)
+        for number, part in enumerate(self._parts):
+            mine, pair = slice(number * rank, (number + 1) * rank), self.pairs[number]
+            both_sides(grad[:, part.columns], pair.b, low[:, mine], low_grad[:, mine], pair.grad_b, pair.scale)
+        add_product(_stacked(first.grad_a, count), low_grad.t(), x)
+
+    def _wide_input(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+        for part, pair in self._adapted():
+            low_grad = torch.mm(grad[:, part.columns], pair.b)
+            low = torch.empty_like(low_grad)
+            both_sides(x, pair.a.t(), low_grad, low, pair.grad_a.t(), 1.0)
+            add_product(pair.grad_b, grad[:, part.columns].t(), low, pair.scale)
+
+    def _one_by_one(
+        self, grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, input_grad: torch.Tensor | None
+    ) -> None:
+        for part, pair in self._adapted():
+            grad_part, dropped = grad[:, part.columns], _dropped(x, pair, seed)
+            low, low_grad = torch.mm(dropped, pair.a.t()), torch.mm(grad_part, pair.b)
+            add_product(pair.grad_b, grad_part.t(), low, pair.scale)
+            add_product(pair.grad_a, low_grad.t(), dropped)
+            if self.apart and input_grad is not None:
+                _add_input_grad(input_grad, low_grad, pair, seed)
+
+    def _adapted(self) -> list[tuple[Part, Pair]]:
+        return [(part, part.pair) for part in self._parts if part.pair is not None]
+
+    def _weight(self) -> torch.Tensor:
+        if self._kept is not None:
+            return self._kept
+        out = torch.empty(self.shape, dtype=self._dtype, device=self._device)
+        self._fill(out)
+        return out
+
+    def _fill(self, out: torch.Tensor) -> None:
+        for part in self._parts:
+            pair = None if self.apart else part.pair
+            part.weight.fill(out[part.columns], pair and pair.a, pair and pair.b)
+
+
+def group_of(modules: Sequence[torch.nn.Module], adapter: FlatAdapter, dtype: torch.dtype) -> Group:
+    """A group from a model's modules, adapted by PEFT or not.
+
+    Raises:
+        TrainingError: a weight is in a form that is not known.
+    """
+    parts, biases, start = [], [], 0
+    for module in modules:
+        base = module.base_layer if isinstance(module, LoraLayer) else module
+        weight = weight_of(base)
+        if weight is None:
+            raise TrainingError(f"the weight of a {type(base).__name__} is in a form that the fused engine cannot read")
+        outputs = weight.shape[0]
+        parts.append(Part(weight, slice(start, start + outputs), adapter.pairs.get(id(module))))
+        biases.append(getattr(base, "bias", None))
+        start += outputs
+    device = adapter.values.device
+    return Group(parts, _joined(biases, parts, dtype, device), dtype, device)
+
+
+def _joined(
+    biases: Sequence[torch.Tensor | None], parts: Sequence[Part], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    if all(bias is None for bias in biases):
+        return None
+    sizes = [part.columns.stop - part.columns.start for part in parts]
+    zero = [torch.zeros(size) if bias is None else bias.detach() for bias, size in zip(biases, sizes, strict=True)]
+    return torch.cat([part.to(device, dtype) for part in zero])
+
+
+def _stacked(first: torch.Tensor, count: int) -> torch.Tensor:
+    """A matrix and those that lie behind it in memory, one above the other."""
+    rank, inputs = first.shape
+    return first.as_strided((count * rank, inputs), (inputs, 1))
+
+
+def _dropped(x: torch.Tensor, pair: Pair, seed: torch.Tensor | None) -> torch.Tensor:
+    return x if pair.dropout == 0 or seed is None else dropout(x, seed, pair.number, pair.dropout, None)
+
+
+def _add_input_grad(input_grad: torch.Tensor, low_grad: torch.Tensor, pair: Pair, seed: torch.Tensor | None) -> None:
+    if pair.dropout == 0 or seed is None:
+        input_grad.addmm_(low_grad, pair.a)
+    else:
+        dropout(torch.mm(low_grad, pair.a), seed, pair.number, pair.dropout, input_grad)

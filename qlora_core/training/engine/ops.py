@@ -1,0 +1,200 @@
+"""What stands between the matrix products, on whatever device: Triton on CUDA, torch elsewhere.
+
+All tensors are flat over tokens: `[tokens, width]`. What is replaced in place is said.
+"""
+
+from types import ModuleType
+
+import torch
+from torch.nn import functional
+
+LARGEST_FUSED_RANK = 32
+"""Above it, sums of partial products would cost as much memory traffic as reading the wide matrices again."""
+Norms = tuple[torch.Tensor, torch.Tensor]
+
+
+def _kernels() -> ModuleType:
+    from qlora_core.training.engine.kernels import elementwise
+
+    return elementwise
+
+
+def rms_norm(h: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm (arXiv:1910.07467)."""
+    if h.is_cuda:
+        return _kernels().rms_norm(h, weight, eps)  # type: ignore[no-any-return]
+    return functional.rms_norm(h, weight.shape, weight, eps)
+
+
+def add_rms_norm(
+    h: torch.Tensor, d: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`h + d`, in the place of `d`, and its RMSNorm."""
+    if h.is_cuda:
+        return _kernels().add_rms_norm(h, d, weight, eps)  # type: ignore[no-any-return]
+    d += h
+    return d, rms_norm(d, weight, eps)
+
+
+def rms_norm_backward(
+    h: torch.Tensor, weight: torch.Tensor, eps: float, grad: torch.Tensor, residual_grad: torch.Tensor
+) -> None:
+    """Add the gradient of RMSNorm's input to `residual_grad`; `grad` is replaced by the norm's output."""
+    if h.is_cuda:
+        _kernels().rms_norm_backward(h, weight, eps, grad, residual_grad)
+        return
+    scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    unit = h * scale
+    grad *= weight
+    mean = (grad * unit).mean(-1, keepdim=True)
+    residual_grad.add_(grad.addcmul_(unit, mean, value=-1).mul_(scale))
+    torch.mul(unit, weight, out=grad)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """`silu(gate) * up` of `[tokens, gate | up]` (arXiv:2002.05202)."""
+    if gate_up.is_cuda:
+        return _kernels().swiglu(gate_up)  # type: ignore[no-any-return]
+    gate, up = gate_up.chunk(2, dim=1)
+    return functional.silu(gate).mul_(up)
+
+
+def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
+    """Replace `gate_up` by its gradient, and `grad` by the activation's output."""
+    if grad.is_cuda:
+        _kernels().swiglu_backward(grad, gate_up)
+        return
+    gate, up = gate_up.chunk(2, dim=1)
+    silu = functional.silu(gate)
+    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    grad_up = grad * silu
+    torch.mul(silu, up, out=grad)
+    gate.copy_(grad_gate)
+    up.copy_(grad_up)
+
+
+def rotate(
+    qkv: torch.Tensor,
+    out: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norms: Norms | None,
+    eps: float,
+    query_heads: int,
+    kv_heads: int,
+) -> None:
+    """Head norms, where a family has them, and rotary embedding (arXiv:2104.09864) of queries and keys.
+
+    Args:
+        qkv: `[tokens, queries | keys | values]`.
+        out: gets queries and keys in the same columns; may be `qkv` itself.
+        cos: `[tokens, head_width]`.
+        sin: `[tokens, head_width]`.
+        norms: weights of the query and the key norm.
+        eps: of these norms.
+        query_heads: heads of queries.
+        kv_heads: heads of keys.
+    """
+    if qkv.is_cuda:
+        _kernels().rotate(qkv, out, cos, sin, norms, eps, query_heads, kv_heads)
+        return
+    width = cos.shape[1]
+    at = 0
+    for heads, norm in zip((query_heads, kv_heads), norms or (None, None), strict=True):
+        x = qkv[:, at : at + heads * width].unflatten(1, (heads, width))
+        if norm is not None:
+            x = rms_norm(x, norm, eps)
+        out[:, at : at + heads * width] = (x * cos[:, None] + _half_turn(x) * sin[:, None]).flatten(1)
+        at += heads * width
+
+
+def rotate_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    raw: torch.Tensor | None,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    norms: Norms | None,
+    eps: float,
+) -> torch.Tensor:
+    """Gradient of `[tokens, queries | keys | values]` from those of what attention read; `raw` is needed with norms."""
+    if cos.is_cuda:
+        return _kernels().rotate_backward(grads, raw, cos, sin, norms, eps)  # type: ignore[no-any-return]
+    parts, at = [], 0
+    for grad, norm in zip(grads[:2], norms or (None, None), strict=True):
+        turned = grad * cos[:, None] - _half_turn(grad * sin[:, None])
+        if norm is not None and raw is not None:
+            x = raw[:, at : at + grad[0].numel()].view_as(grad)
+            scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+            unit, turned = x * scale, turned * norm
+            turned = scale * (turned - unit * (turned * unit).mean(-1, keepdim=True))
+        parts.append(turned.flatten(1))
+        at += grad[0].numel()
+    return torch.cat([*parts, grads[2].flatten(1)], dim=1)
+
+
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Losses `[rows]` in fp32; `logits` become the gradient of their sum. Negative targets carry neither."""
+    if logits.is_cuda:
+        from qlora_core.training.engine.kernels.cross_entropy import cross_entropy as kernel
+
+        return kernel(logits, targets)
+    counts = targets >= 0
+    picked = targets.clamp(min=0)[:, None]
+    log_sum = torch.logsumexp(logits, -1, keepdim=True)
+    losses = (log_sum - logits.gather(1, picked)).squeeze(1) * counts
+    logits.sub_(log_sum).exp_()
+    logits.scatter_add_(1, picked, logits.new_full(picked.shape, -1.0))
+    logits.mul_(counts[:, None])
+    return losses
+
+
+def dropout(x: torch.Tensor, seed: torch.Tensor, number: int, rate: float, add_to: torch.Tensor | None) -> torch.Tensor:
+    """`x` with a share `rate` of its values zeroed and the rest scaled up; the mask depends on seed and number alone.
+
+    Args:
+        x: any shape.
+        seed: int64, one value, on the device of `x`, so that a CUDA graph can be replayed with another.
+        number: which of the masks of this seed.
+        rate: share of zeros.
+        add_to: is added to in place, where given.
+    """
+    if x.is_cuda:
+        return _kernels().dropout(x, seed, number, rate, add_to)  # type: ignore[no-any-return]
+    generator = torch.Generator().manual_seed(int(seed) + number)
+    dropped = x * torch.empty_like(x).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
+    return dropped if add_to is None else add_to.add_(dropped)
+
+
+def both_sides(
+    x: torch.Tensor, m: torch.Tensor, u: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, scale: float
+) -> None:
+    """`low = x @ m` and `grad += scale * x.T @ u`.
+
+    Args:
+        x: `[tokens, width]`
+        m: `[width, rank]`
+        u: `[tokens, rank]`
+        low: `[tokens, rank]`
+        grad: `[width, rank]`, fp32.
+        scale: of what is added.
+    """
+    if x.is_cuda and m.shape[1] <= LARGEST_FUSED_RANK:
+        from qlora_core.training.engine.kernels.products import both_sides as kernel
+
+        kernel(x, m, u, low, grad, scale)
+        return
+    low.copy_(torch.mm(x, m))
+    add_product(grad, x.t(), u, scale)
+
+
+def add_product(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
+    """`grad += scale * left @ right`, accumulated in fp32."""
+    if left.dtype == grad.dtype:
+        grad.addmm_(left, right, alpha=scale)
+    else:
+        grad.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=scale)
+
+
+def _half_turn(x: torch.Tensor) -> torch.Tensor:
+    left, right = x.chunk(2, dim=-1)
+    return torch.cat((-right, left), dim=-1)

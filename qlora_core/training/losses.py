@@ -1,0 +1,79 @@
+"""Which loss module trains: the fused engine where it can, plain PEFT where it cannot, said in words."""
+
+from math import inf
+
+import psutil
+import torch
+from peft import PeftModel
+
+from qlora_core.errors import TrainingError
+from qlora_core.events import Note, Report
+from qlora_core.modeling.rows import TokenRows
+from qlora_core.training.engine.engine import Engine
+from qlora_core.training.engine.families import why_not
+from qlora_core.training.engine.module import FusedLoss
+from qlora_core.training.memory import GIB, MemoryPlan, plan_memory
+from qlora_core.training.spec import TrainSpec
+from qlora_core.training.step import LossModule
+
+USABLE = 0.9
+"""Share of free memory that is planned with; the rest is for fragmentation and for what others take."""
+
+
+def build_loss(
+    model: PeftModel, spec: TrainSpec, rows: TokenRows, pad_id: int, dtype: torch.dtype, report: Report
+) -> LossModule | FusedLoss:
+    """What turns rows into the sum of their losses."""
+    longest = int(rows.lengths.max())
+    reason = _why_plain(model, spec, longest, dtype)
+    if reason is None:
+        try:
+            return _fused(model, spec, rows, dtype, report)
+        except TrainingError as error:
+            reason = str(error)
+    report(Note(message=f"steps run through plain PEFT, without the fused engine: {reason}"))
+    if spec.recipe.activation_memory == "small":
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    return LossModule(model, dtype, pad_id, spec.recipe.micro_batch_size)
+
+
+def _why_plain(model: PeftModel, spec: TrainSpec, longest_row_tokens: int, dtype: torch.dtype) -> str | None:
+    if spec.recipe.strategy != "ddp":
+        return f"strategy {spec.recipe.strategy} moves weights and gradients itself"
+    if dtype == torch.float16:
+        return "float16 needs a loss scale"
+    return why_not(model, longest_row_tokens)
+
+
+def _fused(model: PeftModel, spec: TrainSpec, rows: TokenRows, dtype: torch.dtype, report: Report) -> FusedLoss:
+    recipe = spec.recipe
+    device = next(p.device for p in model.parameters() if p.requires_grad)
+    available = _available_gib(device)
+    longest, mean = int(rows.lengths.max()), float(rows.lengths.mean())
+    plan = plan_memory(
+        spec.base.architecture, recipe, longest, round(mean * recipe.effective_batch_rows), available, dtype.itemsize
+    )
+    engine = Engine(model, dtype, plan.activation_memory)
+    spare_bytes = (available - plan.estimate.total_gib) * USABLE * GIB
+    kept = engine.keep_weights(max(0, int(min(spare_bytes, 2**62))), apart=device.type == "cpu")
+    report(Note(message=_describe(plan, kept, len(engine.groups()))))
+    return FusedLoss(model, engine, recipe.neftune_alpha, recipe.micro_batch_size, plan.capacity_tokens, report)
+
+
+def _available_gib(device: torch.device) -> float:
+    """Memory for everything that training needs, weights that are loaded already included."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return (free + torch.cuda.memory_reserved(device)) * USABLE / GIB
+    if device.type == "cpu":
+        mine, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+        return float(mine + free * USABLE / 2) / GIB  # others may train here as well
+    return inf
+
+
+def _describe(plan: MemoryPlan, kept: int, groups: int) -> str:
+    weights = f", {kept} of {groups} weight groups stay dequantized" if kept else ""
+    return (
+        f"fused engine: activation memory {plan.activation_memory}, up to {plan.capacity_tokens:,} tokens a pass, "
+        f"about {plan.estimate.total_gib:.1f} GiB at the peak{weights}"
+    )

@@ -1,0 +1,127 @@
+"""The engine's kernels and passes on CUDA, against torch in fp32 and against PEFT with bitsandbytes."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config, Qwen3Config
+
+from qlora_core.events import Note
+from qlora_core.modeling.loss import collate, token_loss
+from qlora_core.training.engine import ops
+from qlora_core.training.engine.engine import Engine
+from qlora_core.training.engine.graphs import Replayed
+from qlora_core.training.engine.pack import pack_rows
+from tests.unit.training.engine_models import TARGETS, random_rows, randomize, relative_difference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+SHAPE = {
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
+CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def on_both(function, *tensors: torch.Tensor) -> float:
+    """Largest relative difference of what a function returns or replaces, in bf16 on CUDA and fp32 on the CPU."""
+    exact = [t.clone() for t in tensors]
+    fast = [t.to("cuda", torch.bfloat16) if t.is_floating_point() else t.cuda() for t in tensors]
+    results = [function(*exact), function(*fast)]
+    made = [list(r) if isinstance(r, tuple) else [] if r is None else [r] for r in results]
+    pairs = [*zip(exact, fast, strict=True), *zip(*made, strict=True)]
+    return max(relative_difference(b.cpu(), a) for a, b in pairs if a.is_floating_point())
+
+
+def test_kernels_agree_with_torch():
+    torch.manual_seed(0)
+    h, d, weight, wide = torch.randn(300, 200), torch.randn(300, 200), torch.rand(200) + 0.5, torch.randn(300, 400)
+    angle = torch.randn(300, 16)
+    cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)
+    qkv, norms = torch.randn(300, 8 * 32), torch.rand(2, 32) + 0.5
+    heads = torch.randn(300, 4, 32), torch.randn(300, 2, 32), torch.randn(300, 2, 32)
+    cases = {
+        "norm": (lambda h, w: ops.rms_norm(h, w, 1e-6), h, weight),
+        "add": (lambda h, d, w: ops.add_rms_norm(h, d, w, 1e-6), h, d, weight),
+        "norm backward": (lambda h, w, g, r: ops.rms_norm_backward(h, w, 1e-6, g, r), h, weight, d, h),
+        "swiglu": (ops.swiglu, wide),
+        "swiglu backward": (ops.swiglu_backward, d, wide),
+        "rotate": (lambda x, c, s: ops.rotate(x, x, c, s, None, 1e-6, 4, 2), qkv, cos, sin),
+        "rotate normed": (
+            lambda x, c, s, n: (lambda out: (ops.rotate(x, out, c, s, (n[0], n[1]), 1e-6, 4, 2), out)[1])(
+                x[:, : 6 * 32].clone()
+            ),
+            qkv, cos, sin, norms,
+        ),
+        "rotate backward": (
+            lambda q, k, v, x, c, s, n: ops.rotate_backward((q, k, v), x, c, s, (n[0], n[1]), 1e-6),
+            *heads, qkv, cos, sin, norms,
+        ),
+        "cross entropy": (ops.cross_entropy, torch.randn(64, 20_000), torch.randint(-1, 20_000, (64,))),
+    }  # fmt: skip
+    found = {name: on_both(*case) for name, case in cases.items()}
+    assert max(found.values()) < 1e-2, found
+
+
+@pytest.fixture(params=CONFIGS)
+def folder(request, tmp_path):
+    torch.manual_seed(1)
+    randomize(AutoModelForCausalLM.from_config(CONFIGS[request.param](**SHAPE))).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def adapted(folder, dtype: torch.dtype) -> PeftModel:
+    """The quantized model with an adapter that is not zero, the same for every dtype."""
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype, device_map={"": 0})
+    base.requires_grad_(False)
+    torch.manual_seed(2)
+    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, 0, 0.05)
+    return model
+
+
+def gradients(model: PeftModel) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+def plain_pass(model: PeftModel, rows) -> tuple[float, torch.Tensor]:
+    """Loss and gradients of PEFT with bitsandbytes."""
+    mixed = model.get_base_model().dtype == torch.bfloat16
+    with torch.autocast("cuda", dtype=torch.bfloat16, enabled=mixed):
+        loss = token_loss(model.get_base_model(), collate(rows, 0).to(torch.device("cuda"))).loss_sum
+    loss.backward()
+    return loss.item(), gradients(model)
+
+
+@pytest.mark.parametrize("lengths", [(40, 90, 7, 130), (64, 64, 64, 64)])
+@pytest.mark.parametrize("memory", ["fast", "balanced", "small"])
+def test_loss_and_gradients_are_those_of_peft(folder, memory, lengths):
+    rows = random_rows(SHAPE["vocab_size"], lengths)
+    exact_loss, exact = plain_pass(adapted(folder, torch.float32), rows)
+    model = adapted(folder, torch.bfloat16)
+    _, plain = plain_pass(model, rows)
+    notes: list[str] = []
+    engine = Engine(model, torch.bfloat16, memory)
+    run = Replayed(engine, lambda event: notes.append(event.message) if isinstance(event, Note) else None)
+    pack, seed = pack_rows(rows, fill_up=True).to(torch.device("cuda")), torch.zeros(1, dtype=torch.int64).cuda()
+    for _ in range(3):  # as it is, recorded, replayed
+        engine.adapter.grads.zero_()
+        loss = run.loss_and_grads(pack, seed).item()
+        ours = gradients(model)
+        assert loss == pytest.approx(exact_loss, rel=1e-3)
+        assert relative_difference(ours, plain) < 2e-2
+        assert relative_difference(ours, exact) < 1.1 * relative_difference(plain, exact)
+    assert not notes

@@ -1,0 +1,176 @@
+"""The fused engine's loss and gradients against PEFT with bitsandbytes, in fp32."""
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from qlora_core.events import ignore
+from qlora_core.modeling.loss import collate, token_loss
+from qlora_core.training.engine import ops
+from qlora_core.training.engine.engine import Engine
+from qlora_core.training.engine.families import why_not
+from qlora_core.training.engine.module import FusedLoss
+from qlora_core.training.engine.pack import bucket, pack_rows
+from tests.unit.training.engine_models import TARGETS, random_rows, randomize, relative_difference
+
+VOCABULARY, ROWS = 200, (10, 33, 7, 50)
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+CONFIGS = {
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "llama": LlamaConfig(**SHAPE),
+    "llama with biases": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "smollm": LlamaConfig(**SHAPE, tie_word_embeddings=True),
+    "mistral": MistralConfig(**SHAPE),
+}
+TOLERANCE = 1e-4
+
+
+def adapted(config, folder, quantized: bool = True, **lora: object) -> PeftModel:
+    """A random model with an adapter that is not zero."""
+    torch.manual_seed(1)
+    randomize(AutoModelForCausalLM.from_config(config), scale=4).save_pretrained(folder)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    options = {"quantization_config": nf4, "device_map": {"": "cpu"}} if quantized else {}
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    base.requires_grad_(False)
+    lora = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **lora}
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter.data, 0, 0.3)
+    return model
+
+
+def plain_pass(model: PeftModel, rows) -> tuple[float, dict[str, torch.Tensor]]:
+    loss = token_loss(model.get_base_model(), collate(rows, 0)).loss_sum
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def worst(model: PeftModel, expected: dict[str, torch.Tensor]) -> float:
+    parameters = dict(model.named_parameters())
+    return max(relative_difference(parameters[name].grad, grad) for name, grad in expected.items())
+
+
+@pytest.mark.parametrize("fill_up", [False, True], ids=["exact", "filled up"])
+@pytest.mark.parametrize("memory", ["fast", "balanced", "small"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_loss_and_every_gradient_are_those_of_peft(family, memory, fill_up, tmp_path):
+    model, rows = adapted(CONFIGS[family], tmp_path), random_rows(VOCABULARY, ROWS)
+    expected, gradients = plain_pass(model, rows)
+    engine = Engine(model, torch.float32, memory)
+    pack, seed = pack_rows(rows, fill_up), torch.zeros(1, dtype=torch.int64)
+    assert engine.loss_and_grads(pack, seed).item() == pytest.approx(expected, rel=TOLERANCE)
+    assert worst(model, gradients) < TOLERANCE
+    assert engine.loss(pack).item() == pytest.approx(expected, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "v_proj"], ["down_proj"], ["k_proj", "gate_proj"]])
+def test_any_choice_of_linears_can_be_adapted(targets, tmp_path):
+    model, rows = adapted(CONFIGS["qwen2"], tmp_path, target_modules=targets), random_rows(VOCABULARY, ROWS)
+    expected, gradients = plain_pass(model, rows)
+    engine = Engine(model, torch.float32)
+    assert engine.loss_and_grads(pack_rows(rows, False), torch.zeros(1)).item() == pytest.approx(expected, rel=1e-4)
+    assert worst(model, gradients) < TOLERANCE
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_weights_that_stay_dequantized_give_the_same(apart, tmp_path):
+    model, rows = adapted(CONFIGS["qwen3"], tmp_path), random_rows(VOCABULARY, ROWS)
+    _, gradients = plain_pass(model, rows)
+    engine = Engine(model, torch.float32)
+    for group in engine.groups():
+        group.keep_apart() if apart else group.keep()
+    engine.loss_and_grads(pack_rows(rows, False), torch.zeros(1))
+    assert worst(model, gradients) < TOLERANCE
+
+
+class KnownDropout(torch.nn.Module):
+    """The engine's dropout as a layer, so that PEFT's own forward draws the same masks."""
+
+    def __init__(self, rate: float, seed: torch.Tensor, number: int) -> None:
+        super().__init__()
+        self.rate, self.seed, self.number = rate, seed, number
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mask = ops.dropout(torch.ones(x.numel() // x.shape[-1], x.shape[-1]), self.seed, self.number, self.rate, None)
+        return x * mask.view_as(x)
+
+
+@pytest.mark.parametrize("memory", ["fast", "small"])
+def test_dropout_is_that_of_peft_with_the_same_masks(memory, tmp_path):
+    model, seed = adapted(CONFIGS["llama"], tmp_path, lora_dropout=0.3), torch.tensor([5])
+    rows = random_rows(VOCABULARY, (40,))  # one row: then both see the same tokens in the same order
+    engine = Engine(model, torch.float32, memory)
+    loss = engine.loss_and_grads(pack_rows(rows, False), seed).item()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    for number, layer in enumerate(layers):
+        layer.lora_dropout["default"] = KnownDropout(0.3, seed, number)
+    model.train()
+    for parameter in model.parameters():
+        parameter.grad = None
+    expected, _ = plain_pass(model, rows)
+    assert loss == pytest.approx(expected, rel=TOLERANCE)
+    assert worst(model, ours) < TOLERANCE
+
+
+def test_a_step_changes_what_the_next_pass_computes(tmp_path):
+    model, rows = adapted(CONFIGS["llama"], tmp_path), random_rows(VOCABULARY, ROWS)
+    module = FusedLoss(model, Engine(model, torch.float32), 0.0, "auto", 512, ignore)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    module.follow(optimizer)
+    pack = module.collate(rows)
+    before = module.loss_and_grads(pack).item()
+    optimizer.step()
+    after = module(pack).item()
+    assert after < before
+    assert after == pytest.approx(token_loss(model.get_base_model(), collate(rows, 0)).loss_sum.item(), rel=TOLERANCE)
+
+
+def test_embedding_noise_changes_the_loss_a_little(tmp_path):
+    model, rows = adapted(CONFIGS["llama"], tmp_path), random_rows(VOCABULARY, ROWS)
+    engine = Engine(model, torch.float32)
+    plain = FusedLoss(model, engine, 0.0, "auto", 512, ignore).loss_and_grads(pack_rows(rows, False)).item()
+    noisy = FusedLoss(model, engine, 5.0, "auto", 512, ignore).loss_and_grads(pack_rows(rows, False)).item()
+    assert noisy != plain
+    assert noisy == pytest.approx(plain, rel=0.2)
+
+
+def test_what_the_engine_cannot_do_is_said(tmp_path):
+    assert why_not(adapted(CONFIGS["llama"], tmp_path), 2048) is None
+    assert "DoRA" in str(why_not(adapted(CONFIGS["llama"], tmp_path, use_dora=True), 2048))
+    windowed = MistralConfig(**SHAPE, sliding_window=64)
+    assert "window of 64" in str(why_not(adapted(windowed, tmp_path), 128))
+    assert why_not(adapted(windowed, tmp_path), 64) is None
+
+
+@pytest.mark.parametrize("count", [1, 64, 65, 500, 513, 2048, 5000, 65_537])
+def test_sizes_are_few_and_little_is_filling(count):
+    size = bucket(count)
+    assert count <= size
+    assert size <= max(64, count * 1.13)
+    assert bucket(size) == size
