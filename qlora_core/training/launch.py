@@ -36,6 +36,11 @@ def train(
             f"{base.source} is quantized already ({base.quantization}); a base in full precision is needed, it is "
             "quantized while loading. Set `model` to the unquantized model"
         )
+    if recipe.strategy != "ddp" or recipe.nodes > 1:
+        raise TrainingError(
+            f"train.strategy is {recipe.strategy} with train.nodes {recipe.nodes}; what has been shown to work is "
+            "`strategy: ddp` on one node, with any number of processes"
+        )
     if dataset.train_rows == 0:
         raise TrainingError("the data set has no training rows; lower data.split.evaluation_fraction or add rows")
     spec = TrainSpec(recipe=recipe, seed=seed, base=base, dataset=dataset, into=into)
