@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from json.encoder import encode_basestring as quoted
 from typing import Any, Literal, NamedTuple
 
 from qlora_core.data.reasons import RowProblem
@@ -52,12 +53,18 @@ def content_key(conversation: Conversation, loss: str) -> bytes:
     Raises:
         RowProblem: JSON in UTF-8 cannot hold it.
     """
-    said = [list(message) for message in conversation.messages]
+    said = ",".join(map(_message_json, conversation.messages))
+    tools = compact_json(conversation.tools) if conversation.tools else "[]"
     try:
-        content = compact_json([said, conversation.tools, loss]).encode()
+        content = f"[[{said}],{tools},{quoted(loss)}]".encode()
     except UnicodeEncodeError:
         raise RowProblem("broken_text", "the tools or a call hold half a character") from None
     return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def _message_json(message: Message) -> str:
+    calls = compact_json(message.calls) if message.calls else "[]"
+    return f'["{message.role}",{quoted(message.content)},{calls},{"true" if message.train else "false"}]'
 
 
 def compact_json(value: Any) -> str:

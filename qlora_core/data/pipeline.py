@@ -9,12 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 
-from transformers import PreTrainedTokenizerFast
-
 from qlora_core.data.candidates import Candidate
 from qlora_core.data.output import Finished
 from qlora_core.data.template import Rendered
-from qlora_core.data.tokenize import Tokens, tokenize
+from qlora_core.data.tokenize import RowTokenizer, Tokens
 
 CHUNK_ROWS = 2048
 WORKERS = 2
@@ -22,10 +20,8 @@ WORKERS = 2
 CHUNKS_AHEAD = 3
 
 
-def finish(candidates: Iterable[Candidate], tokenizer: PreTrainedTokenizerFast) -> Iterator[list[Finished]]:
+def finish(candidates: Iterable[Candidate], tokenizer: RowTokenizer) -> Iterator[list[Finished]]:
     """Tokenize candidates, chunk by chunk, in their order."""
-    tokenizer.backend_tokenizer.no_truncation()
-    tokenizer.backend_tokenizer.no_padding()
     source = iter(candidates)
     waiting: deque[Future[list[Finished]]] = deque()
     with ThreadPoolExecutor(WORKERS) as pool:
@@ -37,10 +33,10 @@ def finish(candidates: Iterable[Candidate], tokenizer: PreTrainedTokenizerFast) 
             yield waiting.popleft().result()
 
 
-def _finish(chunk: Sequence[Candidate], tokenizer: PreTrainedTokenizerFast) -> list[Finished]:
+def _finish(chunk: Sequence[Candidate], tokenizer: RowTokenizer) -> list[Finished]:
     new = [candidate for candidate in chunk if candidate.known is None]
     questions = [Rendered(candidate.prompt.prompt, ()) for candidate in new if candidate.prompt]
-    made = iter(tokenize(tokenizer, [*(candidate.rendered for candidate in new), *questions]))
+    made = iter(tokenizer([*(candidate.rendered for candidate in new), *questions]))
     tokens = {candidate.row_id: next(made) for candidate in new}
     asked = {candidate.row_id: next(made) for candidate in new if candidate.prompt}
     return [_finished(candidate, tokens.get(candidate.row_id), asked.get(candidate.row_id)) for candidate in chunk]

@@ -7,6 +7,7 @@ Every row that does not arrive is counted with the reason, see `reasons.py`.
 
 import json
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from qlora_core.data.read import inspect, read_text
 from qlora_core.data.reuse import Earlier, comparable
 from qlora_core.data.summary import Tally, histogram
 from qlora_core.data.template import ChatTemplate
-from qlora_core.data.tokenize import segments
+from qlora_core.data.tokenize import RowTokenizer, UnequalIdsError, segments
 from qlora_core.errors import DataError
 from qlora_core.events import Note, Progress, Report
 from qlora_core.modeling.packing import efficiency
@@ -30,7 +31,7 @@ from qlora_core.modeling.tokenizer import load_tokenizer, template_digest, token
 from qlora_core.recipe import DataRecipe
 from qlora_core.store import write_atomically
 
-VERSION = 1
+VERSION = 2
 REPORT_EVERY_S = 1.0
 FORGETTING_WINDOW_TOKENS = 512
 
@@ -60,15 +61,12 @@ def prepare(
     """
     tokenizer = load_tokenizer(base.path)
     digests = tokenizer_digest(tokenizer), template_digest(tokenizer)
-    tally = Tally()
-    candidates = Candidates(recipe, seed, ChatTemplate(tokenizer), Earlier(comparable(earlier, *digests)), tally)
-    told = time.monotonic()
-    with Output(into, recipe.seq_len_tokens, tally) as output:
-        for rows in finish(candidates.of(raw), tokenizer):
-            output.write(rows)
-            if time.monotonic() - told > REPORT_EVERY_S:
-                report(Progress(what="prepare", done=tally.read, total=0, unit="rows"))
-                told = time.monotonic()
+    make = partial(_make, recipe, seed, tokenizer, raw, into, report, comparable(earlier, *digests))
+    try:
+        tally, output = make(RowTokenizer(tokenizer))
+    except UnequalIdsError:
+        report(Note(message="the fast tokenizer gave other ids than the model's own for a row; preparing without it"))
+        tally, output = make(RowTokenizer(tokenizer, fast=False))
     _check(recipe, tally, len(output.train.lengths), len(output.evaluation.lengths))
     forgetting_tokens = _write_forgetting(recipe, raw, tokenizer, into / "forgetting.arrow")
     record = PreparedDataset(
@@ -88,6 +86,29 @@ def prepare(
     _describe(into, record, tally, output, tokenizer)
     report(Note(message=_sentence(record)))
     return record
+
+
+def _make(
+    recipe: DataRecipe,
+    seed: int,
+    tokenizer: PreTrainedTokenizerFast,
+    raw: DataSnapshot,
+    into: Path,
+    report: Report,
+    earlier: Path | None,
+    tokenize: RowTokenizer,
+) -> tuple[Tally, Output]:
+    """Write the rows; return what was counted."""
+    tally = Tally()
+    candidates = Candidates(recipe, seed, ChatTemplate(tokenizer), Earlier(earlier), tally)
+    told = time.monotonic()
+    with Output(into, recipe.seq_len_tokens, tally) as output:
+        for rows in finish(candidates.of(raw), tokenize):
+            output.write(rows)
+            if time.monotonic() - told > REPORT_EVERY_S:
+                report(Progress(what="prepare", done=tally.read, total=0, unit="rows"))
+                told = time.monotonic()
+    return tally, output
 
 
 def _check(recipe: DataRecipe, tally: Tally, train_rows: int, evaluation_rows: int) -> None:

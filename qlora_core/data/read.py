@@ -21,10 +21,12 @@ SMALL_FILE_BYTES = 64 * 2**20
 """Up to this size `inspect` parses a whole file."""
 FIRST_ROWS = 1000
 PARQUET_ROWS = 1024
+BUFFER_BYTES = 2**20
 COMPRESSIONS = (".gz", ".zst")
 TEXT_SUFFIXES = (".txt", ".md")
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
+DECODER = json.JSONDecoder(parse_constant=refuse_constant)
 
 Rows = Iterator[tuple[int, Any]]
 """Number of a row, counted from 1, and its value; a row that cannot be read comes as a `RowProblem`."""
@@ -103,7 +105,7 @@ def _suffix(path: Path) -> str:
 
 
 def _open(path: Path) -> io.BufferedReader:
-    source = io.BufferedReader(pa.input_stream(str(path), compression="detect"))
+    source = io.BufferedReader(pa.input_stream(str(path), compression="detect"), BUFFER_BYTES)
     start = source.peek(3)
     if start.startswith(UTF16_BOMS):
         raise DataError(f"{path} is UTF-16; save it as UTF-8")
@@ -141,7 +143,7 @@ def _json_lines(path: Path) -> Rows:
 
 def _parse(line: bytes) -> Any:
     try:
-        return json.loads(line.decode("utf-8"), parse_constant=refuse_constant)
+        return DECODER.decode(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         return RowProblem("bad_encoding", f"{_byte(error)} is not UTF-8")
     except json.JSONDecodeError as error:

@@ -1,7 +1,8 @@
 """Render conversations with the tokenizer's own chat template and find which characters the model must learn.
 
 The template is a black box. For each sequence of roles it is rendered once with marks in place of the messages, which
-gives the literal pieces between them (the skeleton). A real rendering is then aligned with skeleton and messages,
+gives the literal pieces between them (the skeleton). Where the template is shown to write the same pieces around any
+words (`blueprint.py`), a row is put together from them; else it is rendered and aligned with skeleton and messages,
 character for character: a row whose alignment does not come out is refused, so a span is never a guess.
 
 A trained span starts where the generation prompt ends and stops after the token that ends the turn, without the white
@@ -10,21 +11,18 @@ space that some templates write after it.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
+from qlora_core.data.blueprint import ALTERATIONS, Blueprint, draw, keeps_track
 from qlora_core.data.conversation import Call, Conversation, Message, Role
 from qlora_core.data.fit import Abilities, fit, tool_schema
 from qlora_core.data.reasons import RowProblem
 from qlora_core.errors import DataError
 from qlora_core.modeling.rows import PromptRow
-
-ALTERATIONS: tuple[Callable[[str], str], ...] = (str, str.strip, str.lstrip, str.rstrip)
-"""What templates do to the white space around a message; tried in this order."""
-
 
 Span = tuple[int, int]
 
@@ -49,6 +47,8 @@ class _Skeleton(NamedTuple):
     """For each message, how many characters before it belong to its turn, after the generation prompt."""
     tails: tuple[int, ...]
     """For each message, how many characters after it belong to its turn, with the token that ends it."""
+    blueprint: Blueprint | None = None
+    """How other words are written between the same pieces, if that is known."""
 
 
 class ChatTemplate:
@@ -68,6 +68,8 @@ class ChatTemplate:
         self._tokenizer = tokenizer
         self.special_tokens = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
         self._skeletons: dict[tuple[str, ...], _Skeleton] = {}
+        template = tokenizer.chat_template
+        self._keeps_track = isinstance(template, str) and keeps_track(template)
         self.turn_end = self._find_turn_end()
         self.abilities = self._find_abilities()
 
@@ -78,17 +80,13 @@ class ChatTemplate:
             RowProblem: the template refuses the conversation, or writes something else than its messages.
         """
         fitted = fit(conversation, self.abilities)
-        text, skeleton = self._apply(fitted), self._skeleton(fitted)
-        spans: list[Span] = []
-        at = 0
-        for position, message in enumerate(fitted.messages):
-            at = _skip(skeleton.pieces[position], text, at)
-            end = _end_of(_verbatim(message), text, at, skeleton.pieces[position + 1])
-            if message.role == "assistant":
-                spans.append((at - skeleton.leads[position], end + skeleton.tails[position]))
-            at = end
-        if _skip(skeleton.pieces[-1], text, at) != len(text):
-            raise RowProblem("template", "the template writes more than the messages")
+        skeleton = self._skeleton(fitted)
+        text, places = self._write(fitted, skeleton)
+        spans = [
+            (start - skeleton.leads[at], end + skeleton.tails[at])
+            for at, (start, end) in enumerate(places)
+            if fitted.messages[at].role == "assistant"
+        ]
         return Rendered(text, _chosen(fitted, spans, text, loss), spans[-1])
 
     def prompt(self, conversation: Conversation, rendered: Rendered) -> PromptRow:
@@ -106,12 +104,22 @@ class ChatTemplate:
             messages=json.dumps([_as_dict(message) for message in asked.messages], ensure_ascii=False),
         )
 
+    def _write(self, conversation: Conversation, skeleton: _Skeleton) -> tuple[str, list[Span]]:
+        """The text, and where each message stands in it."""
+        contents = [message.content for message in conversation.messages]
+        altered = skeleton.blueprint.alter(contents) if skeleton.blueprint else None
+        if altered is not None:
+            return _assemble(skeleton.pieces, altered)
+        text = self._apply(conversation)
+        return text, list(_align(text, skeleton.pieces, conversation.messages))
+
     def _skeleton(self, conversation: Conversation) -> _Skeleton:
         if conversation.tools or any(message.calls for message in conversation.messages):
             return self._make_skeleton(conversation)
-        roles = tuple(message.role for message in conversation.messages)
+        roles: tuple[Role, ...] = tuple(message.role for message in conversation.messages)
         if roles not in self._skeletons:
-            self._skeletons[roles] = self._make_skeleton(_conversation(*roles))
+            skeleton = self._make_skeleton(_conversation(*roles))
+            self._skeletons[roles] = skeleton._replace(blueprint=self._draw(skeleton, roles))
         return self._skeletons[roles]
 
     def _make_skeleton(self, conversation: Conversation) -> _Skeleton:
@@ -128,6 +136,13 @@ class ChatTemplate:
             leads.append(self._lead(marked, at, text) if ours else 0)
             tails.append(self._tail(message, pieces[at + 1], at) if ours else 0)
         return _Skeleton(tuple(pieces), tuple(leads), tuple(tails))
+
+    def _draw(self, skeleton: _Skeleton, roles: Sequence[Role]) -> Blueprint | None:
+        def render(contents: Sequence[str]) -> str:
+            pairs = zip(roles, contents, strict=True)
+            return self._apply(Conversation(tuple(Message(role, content) for role, content in pairs)))
+
+        return draw(skeleton.pieces, render) if self._keeps_track else None
 
     def _lead(self, marked: Conversation, at: int, text: str) -> int:
         """Characters between the generation prompt and the message, such as a space or an empty thought."""
@@ -242,6 +257,31 @@ def _as_dict(message: Message) -> dict[str, Any]:
     if message.calls:
         turn["tool_calls"] = [{"type": "function", "function": call._asdict()} for call in message.calls]
     return turn
+
+
+def _assemble(pieces: Sequence[str], contents: Sequence[str]) -> tuple[str, list[Span]]:
+    parts, places, at = [pieces[0]], [], len(pieces[0])
+    for content, piece in zip(contents, pieces[1:], strict=True):
+        places.append((at, at + len(content)))
+        parts += (content, piece)
+        at += len(content) + len(piece)
+    return "".join(parts), places
+
+
+def _align(text: str, pieces: Sequence[str], messages: Sequence[Message]) -> Iterator[Span]:
+    """Find each message in a rendered text.
+
+    Raises:
+        RowProblem: the text is not made of pieces and messages.
+    """
+    at = 0
+    for message, before, after in zip(messages, pieces, pieces[1:], strict=False):
+        at = _skip(before, text, at)
+        end = _end_of(_verbatim(message), text, at, after)
+        yield at, end
+        at = end
+    if _skip(pieces[-1], text, at) != len(text):
+        raise RowProblem("template", "the template writes more than the messages")
 
 
 def _skip(piece: str, text: str, at: int) -> int:

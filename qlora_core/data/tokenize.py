@@ -1,13 +1,16 @@
 """Texts and character spans to token ids and loss masks, in one tokenization of the whole text."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from qlora_core.data.fast_bpe import Encoded, FastBpe
 from qlora_core.data.template import Rendered
+
+COMPARED_EVERY_ROWS = 128
 
 
 class Tokens(NamedTuple):
@@ -15,6 +18,49 @@ class Tokens(NamedTuple):
 
     ids: NDArray[np.int32]
     mask: NDArray[np.uint8]
+
+
+class UnequalIdsError(Exception):
+    """The fast tokenizer gave other ids than the reference for a text; what it made must not be used."""
+
+
+class RowTokenizer:
+    """Tokenizes rendered rows, with a faster tokenizer where its ids are the same.
+
+    Args:
+        tokenizer: the reference.
+        fast: whether to look for a faster one.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, fast: bool = True) -> None:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+        self._reference = tokenizer
+        self._fast = FastBpe.like(tokenizer) if fast else None
+
+    @property
+    def is_fast(self) -> bool:
+        """Whether a faster tokenizer is used."""
+        return self._fast is not None
+
+    def __call__(self, rows: Sequence[Rendered]) -> list[Tokens]:
+        """Ids and masks; some rows are tokenized by both tokenizers and compared.
+
+        Raises:
+            UnequalIdsError: ids of such a row differ.
+        """
+        if self._fast is None:
+            return tokenize(self._reference, rows)
+        encoded = self._fast.encode([row.text for row in rows])
+        made = list(_split(encoded, _mask(encoded, rows)))
+        left = np.flatnonzero(~encoded.exact).tolist()
+        for at, tokens in zip(left, tokenize(self._reference, [rows[at] for at in left]), strict=True):
+            made[at] = tokens
+        compared = made[::COMPARED_EVERY_ROWS]
+        for ours, tokens in zip(compared, tokenize(self._reference, rows[::COMPARED_EVERY_ROWS]), strict=True):
+            if not np.array_equal(ours.ids, tokens.ids):
+                raise UnequalIdsError
+        return made
 
 
 def tokenize(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Rendered]) -> list[Tokens]:
@@ -35,6 +81,34 @@ def segments(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> list[dict[st
     ]
 
 
+def _split(encoded: Encoded, mask: NDArray[np.uint8]) -> Iterator[Tokens]:
+    start = 0
+    for count in encoded.counts.tolist():
+        yield Tokens(encoded.ids[start : start + count], mask[start : start + count])
+        start += count
+
+
+def _mask(encoded: Encoded, rows: Sequence[Rendered]) -> NDArray[np.uint8]:
+    """A token carries loss if it starts inside a span, `[tokens]`: one that starts before it belongs to the prompt."""
+    first_tokens = np.cumsum(encoded.counts) - encoded.counts
+    row_starts = np.append(encoded.starts, 0)[first_tokens].tolist()
+    edges = [
+        (start + _bytes_before(row.text, span[0]), start + _bytes_before(row.text, span[1]))
+        for row, start, exact in zip(rows, row_starts, encoded.exact.tolist(), strict=True)
+        if exact
+        for span in row.spans
+    ]
+    places = np.searchsorted(encoded.starts, np.array(edges, np.int64).reshape(-1, 2))
+    changes = np.zeros(len(encoded.ids) + 1, np.int32)
+    np.add.at(changes, places[:, 0], 1)
+    np.add.at(changes, places[:, 1], -1)
+    return np.cumsum(changes[:-1]).astype(np.uint8)
+
+
+def _bytes_before(text: str, character: int) -> int:
+    return character if text.isascii() else len(text[:character].encode())
+
+
 def _tokens(encoding: Any, row: Rendered) -> Tokens:
     ids = np.array(encoding.ids, dtype=np.int32)
     mask = np.zeros(len(ids), dtype=np.uint8)
@@ -44,6 +118,8 @@ def _tokens(encoding: Any, row: Rendered) -> Tokens:
             continue
         if encoding.token_to_chars(first)[0] < start:
             first += 1  # it belongs to the prompt: a server would feed it, not generate it
+        while last + 1 < len(ids) and encoding.token_to_chars(last + 1) == encoding.token_to_chars(last):
+            last += 1  # one character may be several tokens
         mask[first : last + 1] = 1
     return Tokens(ids, mask)
 

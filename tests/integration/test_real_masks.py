@@ -18,7 +18,7 @@ from qlora_core.data.formats import to_conversation
 from qlora_core.data.read import read_rows
 from qlora_core.data.reasons import RowProblem
 from qlora_core.data.template import ChatTemplate
-from qlora_core.data.tokenize import Tokens, tokenize
+from qlora_core.data.tokenize import RowTokenizer, Tokens, tokenize
 from qlora_core.events import ignore
 from qlora_core.hub.resolve import fetch_data, fetch_model, resolve
 from qlora_core.modeling.packing import efficiency
@@ -150,6 +150,15 @@ def test_the_whole_row_is_what_apply_chat_template_gives(tokenizer, rows: Path, 
         tools = [{"type": "function", "function": tool} for tool in fitted.tools]
         ids = tokenizer.apply_chat_template(turns, tools=tools or None, return_dict=False)
         assert tokenize(tokenizer, [template.render(conversation)])[0].ids.tolist() == ids
+
+
+def test_the_fast_tokenizer_gives_the_ids_and_masks_of_the_models_own(tokenizer, rows: Path):
+    template, fast = ChatTemplate(tokenizer), RowTokenizer(tokenizer)
+    assert fast.is_fast == (tokenizer.backend_tokenizer.to_str().count('"ByteLevel"') > 0)
+    rendered = [template.render(c) for file in FILES for c in conversations(rows / file, {})]
+    for ours, reference in zip(fast(rendered), tokenize(tokenizer, rendered), strict=True):
+        assert np.array_equal(ours.ids, reference.ids)
+        assert np.array_equal(ours.mask, reference.mask)
 
 
 def test_the_four_files_together_pack_to_98_percent(tokenizer, rows: Path):
