@@ -10,6 +10,7 @@ from qlora_core.data.formats import to_conversation
 from qlora_core.data.read import read_rows
 from qlora_core.data.reasons import RowProblem
 from qlora_core.data.reuse import Earlier, Known
+from qlora_core.data.seen import SeenKeys
 from qlora_core.data.split import in_evaluation
 from qlora_core.data.summary import Tally
 from qlora_core.data.template import ChatTemplate, Rendered
@@ -42,7 +43,7 @@ class Candidates:
 
     def __init__(self, recipe: DataRecipe, seed: int, template: ChatTemplate, earlier: Earlier, tally: Tally) -> None:
         self._recipe, self._seed, self._template, self._earlier, self._tally = recipe, seed, template, earlier, tally
-        self._seen: set[bytes] = set()
+        self._seen = SeenKeys()
         self._checks = TextChecks(template.special_tokens)
 
     def of(self, raw: DataSnapshot) -> Iterator[Candidate]:
@@ -74,9 +75,8 @@ class Candidates:
             conversation = single_call(conversation, self._recipe.tool_calls.system_prompt)
         self._checks.check(conversation.messages)
         key = content_key(conversation, self._recipe.loss)
-        if key in self._seen:
+        if not self._seen.add(key):
             raise RowProblem("duplicate", "the same turns and tools came before")
-        self._seen.add(key)
         evaluation = in_evaluation(group or key.hex(), self._seed, self._recipe.split.evaluation_fraction)
         known = self._earlier.find(key, evaluation)
         rendered = Rendered("", ()) if known else self._template.render(conversation, self._recipe.loss)

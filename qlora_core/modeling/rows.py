@@ -8,11 +8,12 @@ A prepared data set holds
 """
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -54,37 +55,54 @@ class PromptRow(NamedTuple):
 
 
 class TokenRows(Sequence[TokenRow]):
-    """Random access to a file of token rows without reading it into memory."""
+    """Random access to a file of token rows; memory holds the pages that are looked at."""
 
     def __init__(self, path: Path) -> None:
-        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all().combine_chunks()
-        self._ids, self._masks, self._names = (_single(table, c) for c in ("input_ids", "loss_mask", "row_id"))
-        self._offsets = self._ids.offsets.to_numpy() if len(table) else np.zeros(1, np.int32)
-        self._flat_ids = self._ids.values.to_numpy() if len(table) else np.zeros(0, np.int32)
-        self._flat_masks = self._masks.values.to_numpy() if len(table) else np.zeros(0, np.uint8)
+        with pa.memory_map(str(path)) as file:
+            reader = pa.ipc.open_file(file)
+            self._batches = [_Columns.of(reader.get_batch(at)) for at in range(reader.num_record_batches)]
+        self._starts = np.cumsum([0, *(len(batch.offsets) - 1 for batch in self._batches)]).tolist()
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return int(self._starts[-1])
 
     def __getitem__(self, index: int) -> TokenRow:  # type: ignore[override]  # slices are not needed
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         index %= len(self)
-        span = slice(self._offsets[index], self._offsets[index + 1])
-        return TokenRow(self._names[index].as_py(), self._flat_ids[span], self._flat_masks[span])
+        number = bisect_right(self._starts, index) - 1
+        batch, at = self._batches[number], index - self._starts[number]
+        span = slice(batch.offsets[at], batch.offsets[at + 1])
+        return TokenRow(batch.names[at].as_py(), batch.ids[span], batch.masks[span])
 
     @property
     def lengths(self) -> NDArray[np.int64]:
         """Tokens of each row, shape `[rows]`."""
-        lengths: NDArray[np.int64] = np.diff(self._offsets).astype(np.int64)
-        return lengths
+        return _concatenated([np.diff(batch.offsets) for batch in self._batches])
 
     @property
     def trained_tokens(self) -> NDArray[np.int64]:
         """Tokens that carry loss in each row, shape `[rows]`; the first token of a row is never predicted."""
-        sums = np.concatenate([[0], np.cumsum(self._flat_masks, dtype=np.int64)])
-        trained: NDArray[np.int64] = sums[self._offsets[1:]] - sums[self._offsets[:-1]]
-        return trained
+        sums = ((np.cumsum(batch.masks, dtype=np.int64), batch.offsets) for batch in self._batches)
+        return _concatenated([np.diff(np.concatenate([[0], total])[offsets]) for total, offsets in sums])
+
+
+class _Columns(NamedTuple):
+    """One batch of a file."""
+
+    names: pa.StringArray
+    offsets: NDArray[np.int32]
+    ids: NDArray[np.int32]
+    masks: NDArray[np.uint8]
+
+    @classmethod
+    def of(cls, batch: pa.RecordBatch) -> "_Columns":
+        names, ids, masks = (batch[field.name] for field in TOKEN_SCHEMA)
+        return cls(names, ids.offsets.to_numpy(), ids.values.to_numpy(), masks.values.to_numpy())
+
+
+def _concatenated(parts: Sequence[NDArray[np.integer[Any]]]) -> NDArray[np.int64]:
+    return np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64)
 
 
 @contextmanager
@@ -149,8 +167,3 @@ def _batches(rows: Iterable[R]) -> Iterator[list[R]]:
     source = iter(rows)
     while batch := list(islice(source, BATCH_ROWS)):
         yield batch
-
-
-def _single(table: pa.Table, column: str) -> pa.Array:
-    chunked = table[column]
-    return chunked.chunk(0) if chunked.num_chunks else pa.array([], type=chunked.type)

@@ -44,6 +44,12 @@ def test_efficiency_is_tokens_over_slots():
     assert efficiency([], 10) == 0
 
 
+@given(st.lists(st.integers(1, 64), min_size=1, max_size=200))
+def test_efficiency_counts_the_bins_of_the_packing(lengths: list[int]):
+    bins = best_fit_decreasing(lengths, 64)
+    assert efficiency(lengths, 64) == sum(lengths) / (len(bins) * 64)
+
+
 def test_long_texts_pack_to_more_than_98_percent():
     lengths = np.random.default_rng(0).lognormal(5, 0.8, 5000).clip(8, 2048).astype(int)
     assert efficiency(lengths.tolist(), 2048) > 0.98
