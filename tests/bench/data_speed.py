@@ -5,8 +5,9 @@
 
 Rows are real ones with a tenth of their words exchanged, so that nothing is cached by luck. Each way runs in a process
 of its own on the same cores and the same file; time starts after its imports and ends before its tokens are counted,
-CPU time includes that of its workers, peak memory is that of the largest process. `floor` is the tokenizer's `encode_batch` on texts that were rendered before; `map` is `datasets.map` with the
-chat template; `trl` is the preparation of `SFTTrainer` with packing. Results are appended to results/data.jsonl.
+CPU time includes that of its workers, peak memory is that of the largest process. `floor` is the tokenizer's
+`encode_batch` on texts that were rendered before; `map` is `datasets.map` with the chat template; `trl` is the
+preparation of `SFTTrainer` with packing. Results are appended to results/data.jsonl.
 """
 
 import argparse
