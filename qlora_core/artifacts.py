@@ -105,6 +105,8 @@ class PreparedDataset(Artifact):
     forgetting_tokens: int
     packing_efficiency: float
     """Tokens over slots when rows are packed to the recipe's `seq_len_tokens`."""
+    reused_rows: int = 0
+    """Rows whose tokens came from an earlier data set."""
 
 
 class Adapter(Artifact):

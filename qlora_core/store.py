@@ -74,6 +74,17 @@ class Store:
                 )
         return kind.model_validate({**manifest["record"], "path": folder})
 
+    def newest(self, kind: type[A], stage: str) -> Iterator[A]:
+        """The artifacts of a stage, newest first; altered ones are left out."""
+        manifests = (self.root / stage).glob(f"*/{MANIFEST}")
+        for manifest in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
+            try:
+                found = self.find(kind, stage, manifest.parent.name)
+            except StoreError:
+                continue
+            if found is not None:
+                yield found
+
     def obtain(
         self, kind: type[A], stage: str, key: str, produce: Callable[[Path], A], keep: tuple[str, ...] = EVERYTHING
     ) -> A:

@@ -35,11 +35,14 @@ def preflight(recipe: Recipe, settings: Settings) -> None:
 def prepared(recipe: Recipe, settings: Settings, report: Report) -> tuple[ModelSnapshot, PreparedDataset]:
     """The base model and the prepared rows, from the store or made now; a later flow reuses them."""
     base, raw = obtain_base(recipe, settings, report), obtain_raw(recipe, settings, report)
-    dataset = Store(settings.store).obtain(
+    store = Store(settings.store)
+    dataset = store.obtain(
         PreparedDataset,
         "prepare",
         prepare_key(recipe, base, raw),
-        lambda into: prepare(recipe.data, recipe.seed, base, raw, into, report),
+        lambda into: prepare(
+            recipe.data, recipe.seed, base, raw, into, report, store.newest(PreparedDataset, "prepare")
+        ),
     )
     return base, dataset
 

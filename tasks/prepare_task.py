@@ -16,10 +16,11 @@ def prepare(retraining: Retraining, base: ModelSnapshot) -> State[PreparedDatase
     recipe = retraining.recipe
     with Stage("prepare", retraining) as stage:
         raw = obtain_raw(recipe, stage.settings, stage.report)
+        earlier = stage.store.newest(PreparedDataset, "prepare")
         return stage.run(
             prepare_key(recipe, base, raw),
             PreparedDataset,
-            lambda into, report: prepare_rows(recipe.data, recipe.seed, base, raw, into, report),
+            lambda into, report: prepare_rows(recipe.data, recipe.seed, base, raw, into, report, earlier),
             params=recipe.data,
             describe=lambda dataset: _describe(dataset, raw),
             line=_line,
@@ -32,6 +33,7 @@ def _describe(dataset: PreparedDataset, raw: DataSnapshot) -> Described:
         "evaluation_rows": dataset.evaluation_rows,
         "train_tokens": dataset.train_tokens,
         "trained_tokens": dataset.trained_tokens,
+        "reused_rows": dataset.reused_rows,
         "packing_efficiency": dataset.packing_efficiency,
         **{f"dropped.{reason}": rows for reason, rows in dataset.dropped.items()},
     }

@@ -74,7 +74,7 @@ class Candidates:
         if self._recipe.tool_calls is not None:
             conversation = single_call(conversation, self._recipe.tool_calls.system_prompt)
         self._checks.check(conversation.messages)
-        key = content_key(conversation, self._recipe.loss)
+        key = content_key(conversation)
         if not self._seen.add(key):
             raise RowProblem("duplicate", "the same turns and tools came before")
         evaluation = in_evaluation(group or key.hex(), self._seed, self._recipe.split.evaluation_fraction)

@@ -47,8 +47,8 @@ class Conversation(NamedTuple):
         return next((call.name for message in self.messages for call in message.calls), None)
 
 
-def content_key(conversation: Conversation, loss: str) -> bytes:
-    """16 bytes that depend on nothing but what is said, which tools there are, and what of it carries loss.
+def content_key(conversation: Conversation) -> bytes:
+    """16 bytes that depend on nothing but what is said, which tools there are, and which turns are not to be learnt.
 
     Raises:
         RowProblem: JSON in UTF-8 cannot hold it.
@@ -56,7 +56,7 @@ def content_key(conversation: Conversation, loss: str) -> bytes:
     said = ",".join(map(_message_json, conversation.messages))
     tools = compact_json(conversation.tools) if conversation.tools else "[]"
     try:
-        content = f"[[{said}],{tools},{quoted(loss)}]".encode()
+        content = f"[[{said}],{tools}]".encode()
     except UnicodeEncodeError:
         raise RowProblem("broken_text", "the tools or a call hold half a character") from None
     return hashlib.blake2b(content, digest_size=16).digest()

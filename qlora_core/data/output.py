@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 import pyarrow as pa
 
 from qlora_core.data.reasons import RowProblem
-from qlora_core.data.reuse import KEYS_FILE, KEYS_SCHEMA
+from qlora_core.data.reuse import KEYS_FILE, keys_schema
 from qlora_core.data.summary import Tally
 from qlora_core.data.tokenize import Tokens
 from qlora_core.modeling.rows import PromptRow, TokenRow, prompt_writer, token_row_writer
@@ -46,14 +46,15 @@ class Side:
 class Output:
     """The files of a prepared data set in the making. Use it in a `with` statement."""
 
-    def __init__(self, into: Path, seq_len_tokens: int, tally: Tally) -> None:
+    def __init__(self, into: Path, seq_len_tokens: int, way: str, tally: Tally) -> None:
         self._seq_len_tokens, self._tally = seq_len_tokens, tally
         self._stack = ExitStack()
         open_ = self._stack.enter_context
         self._write_train = open_(token_row_writer(into / "train.arrow"))
         self._write_evaluation = open_(token_row_writer(into / "evaluation.arrow"))
         self._write_prompts = open_(prompt_writer(into / "prompts.arrow"))
-        self._keys = open_(pa.ipc.new_file(open_(pa.OSFile(str(into / KEYS_FILE), "wb")), KEYS_SCHEMA))
+        self._keys_schema = keys_schema(way)
+        self._keys = open_(pa.ipc.new_file(open_(pa.OSFile(str(into / KEYS_FILE), "wb")), self._keys_schema))
         self.train, self.evaluation, self.reused_rows = Side(), Side(), 0
         self.preview: list[tuple[str, Tokens]] = []
         """Name and tokens of the first training rows."""
@@ -73,7 +74,7 @@ class Output:
         self._write_evaluation([_token_row(row) for row in evaluation])
         self._write_prompts([row.prompt for row in evaluation if row.prompt])
         sides = [pa.array([row.key for row in kept], pa.binary(16)), pa.array([row.evaluation for row in kept])]
-        self._keys.write(pa.RecordBatch.from_arrays(sides, schema=KEYS_SCHEMA))
+        self._keys.write(pa.RecordBatch.from_arrays(sides, schema=self._keys_schema))
         for row in kept:
             (self.evaluation if row.evaluation else self.train).add(row.tokens)
             self.reused_rows += row.reused

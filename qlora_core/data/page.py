@@ -9,7 +9,6 @@ FACTS = {
     "read_rows": "Rows read",
     "train_rows": "Training rows",
     "evaluation_rows": "Evaluation rows",
-    "reused_rows": "Rows tokenized before",
     "train_tokens": "Tokens in training rows",
     "trained_tokens": "of which carry loss",
     "longest_row_tokens": "Longest row",

@@ -7,6 +7,7 @@ Every row that does not arrive is counted with the reason, see `reasons.py`.
 
 import json
 import time
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from qlora_core.modeling.packing import efficiency
 from qlora_core.modeling.rows import TokenRow, write_token_rows
 from qlora_core.modeling.tokenizer import load_tokenizer, template_digest, tokenizer_digest
 from qlora_core.recipe import DataRecipe
-from qlora_core.store import write_atomically
+from qlora_core.store import sha256_of_json, write_atomically
 
 VERSION = 2
 REPORT_EVERY_S = 1.0
@@ -43,7 +44,7 @@ def prepare(
     raw: DataSnapshot,
     into: Path,
     report: Report,
-    earlier: PreparedDataset | None = None,
+    earlier: Iterable[PreparedDataset] = (),
 ) -> PreparedDataset:
     """Write the files that `modeling/rows.py` describes, with summary.json, preview.json and page.html, into `into`.
 
@@ -54,14 +55,15 @@ def prepare(
         raw: the files to read.
         into: an empty directory.
         report: hears how many rows were read.
-        earlier: a data set whose rows are not tokenized again where tokenizer and template are the same.
+        earlier: data sets; of the first that was made in the same way, no row is tokenized again.
 
     Raises:
         DataError: too many rows are unreadable, one side of the split is empty, or the chat template cannot be used.
     """
     tokenizer = load_tokenizer(base.path)
     digests = tokenizer_digest(tokenizer), template_digest(tokenizer)
-    make = partial(_make, recipe, seed, tokenizer, raw, into, report, comparable(earlier, *digests))
+    way = sha256_of_json([VERSION, *digests, recipe.loss])
+    make = partial(_make, recipe, seed, tokenizer, raw, into, report, way, comparable(earlier, way))
     try:
         tally, output = make(RowTokenizer(tokenizer))
     except UnequalIdsError:
@@ -82,6 +84,7 @@ def prepare(
         longest_row_tokens=max(max(output.train.lengths), max(output.evaluation.lengths)),
         forgetting_tokens=forgetting_tokens,
         packing_efficiency=efficiency(output.train.lengths, recipe.seq_len_tokens),
+        reused_rows=output.reused_rows,
     )
     _describe(into, record, tally, output, tokenizer)
     report(Note(message=_sentence(record)))
@@ -95,6 +98,7 @@ def _make(
     raw: DataSnapshot,
     into: Path,
     report: Report,
+    way: str,
     earlier: Path | None,
     tokenize: RowTokenizer,
 ) -> tuple[Tally, Output]:
@@ -102,7 +106,7 @@ def _make(
     tally = Tally()
     candidates = Candidates(recipe, seed, ChatTemplate(tokenizer), Earlier(earlier), tally)
     told = time.monotonic()
-    with Output(into, recipe.seq_len_tokens, tally) as output:
+    with Output(into, recipe.seq_len_tokens, way, tally) as output:
         for rows in finish(candidates.of(raw), tokenize):
             output.write(rows)
             if time.monotonic() - told > REPORT_EVERY_S:
@@ -147,10 +151,9 @@ def _describe(
     into: Path, record: PreparedDataset, tally: Tally, output: Output, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Write summary.json, preview.json and page.html, for people."""
-    facts = record.model_dump(mode="json", exclude={"path", "digest", "fingerprint", "dropped"})
+    facts = record.model_dump(mode="json", exclude={"path", "digest", "fingerprint", "dropped", "reused_rows"})
     summary = {
         "read_rows": tally.read,
-        "reused_rows": output.reused_rows,
         **facts,
         "dropped": tally.as_json(),
         "lengths": histogram(output.train.lengths + output.evaluation.lengths, record.longest_row_tokens),

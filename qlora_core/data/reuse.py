@@ -1,5 +1,6 @@
 """Tokens of an earlier data set: rows that are in it already are not rendered and tokenized again."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from qlora_core.modeling.rows import PromptRow, TokenRows, read_prompts
 KEYS_FILE = "keys.arrow"
 KEYS_SCHEMA = pa.schema([("key", pa.binary(16)), ("evaluation", pa.bool_())])
 """One row for each row of train.arrow and evaluation.arrow together, in the order of each."""
+WAY = b"way"
 
 
 class Known(NamedTuple):
@@ -45,8 +47,17 @@ class Earlier:
         return Known(Tokens(row.input_ids, row.loss_mask), self._prompts[at] if evaluation else None)
 
 
-def comparable(earlier: PreparedDataset | None, tokenizer_digest: str, template_digest: str) -> Path | None:
-    """Where the earlier data set is, if its tokens are those that would be made now."""
-    if earlier is None or (earlier.tokenizer_digest, earlier.template_digest) != (tokenizer_digest, template_digest):
-        return None
-    return earlier.path if (earlier.path / KEYS_FILE).is_file() else None
+def keys_schema(way: str) -> pa.Schema:
+    """The schema of a file of keys that says in which way the rows were made."""
+    return KEYS_SCHEMA.with_metadata({WAY: way})
+
+
+def comparable(earlier: Iterable[PreparedDataset], way: str) -> Path | None:
+    """Where the first data set is whose rows were made in the same way."""
+    for dataset in earlier:
+        keys = dataset.path / KEYS_FILE
+        if keys.is_file():
+            with pa.memory_map(str(keys)) as file:
+                if (pa.ipc.open_file(file).schema.metadata or {}).get(WAY) == way.encode():
+                    return dataset.path
+    return None

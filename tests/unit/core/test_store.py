@@ -1,4 +1,5 @@
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -97,3 +98,14 @@ def test_the_manifest_lists_every_file(tmp_path):
     manifest = json.loads((made.path / "manifest.json").read_text())
     assert set(manifest["files"]) == {"sub/file.txt", "log.txt"}
     assert manifest["files"]["sub/file.txt"]["bytes"] == 5
+
+
+def test_the_artifacts_of_a_stage_come_newest_first_and_altered_ones_not_at_all(tmp_path):
+    store = Store(tmp_path)
+    keys = [fingerprint("thing", 1, {"a": at}, {}) for at in range(3)]
+    made = [store.obtain(Thing, "thing", key, make) for key in keys]
+    for at, thing in enumerate(made):
+        os.utime(thing.path / "manifest.json", (at, at))
+    (made[2].path / "log.txt").unlink()
+    assert list(store.newest(Thing, "thing")) == [made[1], made[0]]
+    assert list(store.newest(Thing, "other")) == []
