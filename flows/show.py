@@ -109,6 +109,8 @@ def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) ->
         f"{dataset.longest_row_tokens:,} tokens"
     )
     console.print(f"tokens    {dataset.train_tokens:,}, {dataset.trained_tokens:,} of them carry loss")
+    for reason, count in dataset.noticed.items():
+        console.print(f"[yellow]noticed[/]   {count:,} rows: {reason}")
     for reason, count in dataset.dropped.items():
         console.print(f"dropped   {count:,} rows: {reason}")
     step_tokens = round(dataset.train_tokens / dataset.train_rows * recipe.train.effective_batch_rows)

@@ -97,6 +97,8 @@ class PreparedDataset(Artifact):
     evaluation_rows: int
     dropped: dict[str, int]
     """Reason code to number of rows."""
+    noticed: dict[str, int] = Field(default_factory=dict)
+    """The same for rows that are kept: near duplicates, and near copies on the other side of the split."""
     train_tokens: int
     trained_tokens: int
     """Tokens of the training rows that carry loss."""

@@ -36,6 +36,7 @@ def _describe(dataset: PreparedDataset, raw: DataSnapshot) -> Described:
         "reused_rows": dataset.reused_rows,
         "packing_efficiency": dataset.packing_efficiency,
         **{f"dropped.{reason}": rows for reason, rows in dataset.dropped.items()},
+        **{f"noticed.{reason}": rows for reason, rows in dataset.noticed.items()},
     }
     return Described(
         metrics=counts,

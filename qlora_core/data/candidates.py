@@ -31,6 +31,8 @@ class Candidate(NamedTuple):
     """For an evaluation row; its ids are still missing."""
     known: Known | None
     """The tokens, if an earlier data set has them."""
+    said: str = ""
+    """The words of user and assistant."""
 
     @property
     def row_id(self) -> str:
@@ -81,4 +83,5 @@ class Candidates:
         known = self._earlier.find(key, evaluation)
         rendered = Rendered("", ()) if known else self._template.render(conversation, self._recipe.loss)
         prompt = self._template.prompt(conversation, rendered) if evaluation and not known else None
-        return Candidate(conversation.file, conversation.row, key, evaluation, rendered, prompt, known)
+        said = " ".join(m.content for m in conversation.messages if m.role in ("user", "assistant"))
+        return Candidate(conversation.file, conversation.row, key, evaluation, rendered, prompt, known, said)

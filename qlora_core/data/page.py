@@ -23,7 +23,13 @@ def render_page(summary: Mapping[str, Any], preview: Sequence[Mapping[str, Any]]
     facts.append(("Packing efficiency", f"{summary['packing_efficiency']:.1%}"))
     templates = Environment(loader=PackageLoader("qlora_core.data"), autoescape=True, undefined=StrictUndefined)
     page = templates.get_template("page.html.j2")
-    return page.render(facts=facts, dropped=summary["dropped"], bars=_bars(summary["lengths"]), preview=preview)
+    return page.render(
+        facts=facts,
+        dropped=summary["dropped"],
+        noticed=summary["noticed"],
+        bars=_bars(summary["lengths"]),
+        preview=preview,
+    )
 
 
 def _bars(lengths: Mapping[str, Sequence[int]]) -> list[dict[str, float]]:

@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerFast
 
 from qlora_core.artifacts import DataSnapshot, ModelSnapshot, PreparedDataset
 from qlora_core.data.candidates import Candidates
+from qlora_core.data.near import sift
 from qlora_core.data.output import Output
 from qlora_core.data.page import render_page
 from qlora_core.data.pipeline import finish
 from qlora_core.data.read import inspect, read_text
 from qlora_core.data.reuse import Earlier, comparable
-from qlora_core.data.summary import Tally, histogram
+from qlora_core.data.summary import Tally, counts_as_json, histogram
 from qlora_core.data.template import ChatTemplate
 from qlora_core.data.tokenize import RowTokenizer, UnequalIdsError, segments
 from qlora_core.errors import DataError
@@ -78,6 +79,7 @@ def prepare(
         train_rows=len(output.train.lengths),
         evaluation_rows=len(output.evaluation.lengths),
         dropped=tally.dropped,
+        noticed=tally.noticed,
         train_tokens=sum(output.train.lengths),
         trained_tokens=output.train.trained_tokens,
         evaluation_trained_tokens=output.evaluation.trained_tokens,
@@ -107,7 +109,7 @@ def _make(
     candidates = Candidates(recipe, seed, ChatTemplate(tokenizer), Earlier(earlier), tally)
     told = time.monotonic()
     with Output(into, recipe.seq_len_tokens, way, tally) as output:
-        for rows in finish(candidates.of(raw), tokenize):
+        for rows in finish(sift(candidates.of(raw), recipe.near_duplicates, tally), tokenize):
             output.write(rows)
             if time.monotonic() - told > REPORT_EVERY_S:
                 report(Progress(what="prepare", done=tally.read, total=0, unit="rows"))
@@ -151,11 +153,14 @@ def _describe(
     into: Path, record: PreparedDataset, tally: Tally, output: Output, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     """Write summary.json, preview.json and page.html, for people."""
-    facts = record.model_dump(mode="json", exclude={"path", "digest", "fingerprint", "dropped", "reused_rows"})
+    facts = record.model_dump(
+        mode="json", exclude={"path", "digest", "fingerprint", "dropped", "noticed", "reused_rows"}
+    )
     summary = {
         "read_rows": tally.read,
         **facts,
-        "dropped": tally.as_json(),
+        "dropped": counts_as_json(tally.drops),
+        "noticed": counts_as_json(tally.notices),
         "lengths": histogram(output.train.lengths + output.evaluation.lengths, record.longest_row_tokens),
     }
     shown = [{"row_id": name, "segments": segments(tokenizer, tokens)} for name, tokens in output.preview]

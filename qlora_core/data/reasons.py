@@ -38,6 +38,14 @@ REASONS: dict[str, Reason] = {
     "template": Reason("the chat template cannot render the row", "change the turns to what the template allows"),
     "too_long": Reason("the row is longer than data.seq_len_tokens", "raise data.seq_len_tokens", bad=False),
     "duplicate": Reason("the same row came before", "nothing; one copy is kept", bad=False),
+    "near_duplicate": Reason(
+        "another row says almost the same", "look at both; data.near_duplicates: drop removes the later one", bad=False
+    ),
+    "near_leak": Reason(
+        "a row of the other side says almost the same, so evaluation would flatter the model",
+        "split by a column that both share, or data.near_duplicates: drop",
+        bad=False,
+    ),
     "no_tool_call": Reason("the row has no tools or calls none", "nothing; data.tool_calls takes calls", bad=False),
 }
 

@@ -1,6 +1,6 @@
 """What happened to the rows: counts by reason with an example each, token counts, lengths, and rows to look at."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ class Example(Record):
 
 
 class Drop(Record):
-    """All rows that were dropped for one reason."""
+    """All rows that were dropped, or noticed, for one reason."""
 
     rows: int
     example: Example
@@ -32,14 +32,16 @@ class Tally:
     def __init__(self) -> None:
         self.read = 0
         self.drops: dict[str, Drop] = {}
+        self.notices: dict[str, Drop] = {}
+        """Of rows that are kept."""
 
     def drop(self, problem: RowProblem, file: str, row: int) -> None:
         """Count a row that is not used."""
-        before = self.drops.get(problem.code)
-        if before is None:
-            self.drops[problem.code] = Drop(rows=1, example=Example(file=file, row=row, detail=problem.detail))
-        else:
-            self.drops[problem.code] = before.model_copy(update={"rows": before.rows + 1})
+        _count(self.drops, problem, file, row)
+
+    def notice(self, problem: RowProblem, file: str, row: int) -> None:
+        """Count a row that is used, but that a person should know of."""
+        _count(self.notices, problem, file, row)
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -62,12 +64,26 @@ class Tally:
             )
         return "\n".join(lines)
 
-    def as_json(self) -> dict[str, Any]:
-        """For summary.json."""
-        return {
-            code: {"meaning": REASONS[code].meaning, "remedy": REASONS[code].remedy, **drop.model_dump()}
-            for code, drop in sorted(self.drops.items())
-        }
+    @property
+    def noticed(self) -> dict[str, int]:
+        """Reason code to rows, of rows that are kept."""
+        return {code: notice.rows for code, notice in sorted(self.notices.items())}
+
+
+def counts_as_json(counts: Mapping[str, Drop]) -> dict[str, Any]:
+    """For summary.json."""
+    return {
+        code: {"meaning": REASONS[code].meaning, "remedy": REASONS[code].remedy, **count.model_dump()}
+        for code, count in sorted(counts.items())
+    }
+
+
+def _count(counts: dict[str, Drop], problem: RowProblem, file: str, row: int) -> None:
+    before = counts.get(problem.code)
+    if before is None:
+        counts[problem.code] = Drop(rows=1, example=Example(file=file, row=row, detail=problem.detail))
+    else:
+        counts[problem.code] = before.model_copy(update={"rows": before.rows + 1})
 
 
 def histogram(lengths: Sequence[int], longest: int) -> dict[str, list[int]]:

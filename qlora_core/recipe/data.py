@@ -43,6 +43,8 @@ class DataRecipe(Part):
     seq_len_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
     """Longer rows are dropped and counted."""
     split: Split = Split()
+    near_duplicates: Literal["report", "drop", "ignore"] = "report"
+    """Rows whose words are almost those of an earlier row, of their own side or of the other side of the split."""
     max_bad_rows: Fraction = 0.01
     """More unreadable rows than this share fail the stage."""
     forgetting: tuple[Source, ...] = ()
