@@ -31,8 +31,12 @@ class Candidate(NamedTuple):
     """For an evaluation row; its ids are still missing."""
     known: Known | None
     """The tokens, if an earlier data set has them."""
-    said: str = ""
-    """The words of user and assistant."""
+    conversation: Conversation
+
+    @property
+    def said(self) -> str:
+        """The words of user and assistant."""
+        return " ".join(m.content for m in self.conversation.messages if m.role in ("user", "assistant"))
 
     @property
     def row_id(self) -> str:
@@ -83,5 +87,4 @@ class Candidates:
         known = self._earlier.find(key, evaluation)
         rendered = Rendered("", ()) if known else self._template.render(conversation, self._recipe.loss)
         prompt = self._template.prompt(conversation, rendered) if evaluation and not known else None
-        said = " ".join(m.content for m in conversation.messages if m.role in ("user", "assistant"))
-        return Candidate(conversation.file, conversation.row, key, evaluation, rendered, prompt, known, said)
+        return Candidate(conversation.file, conversation.row, key, evaluation, rendered, prompt, known, conversation)

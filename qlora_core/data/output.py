@@ -15,6 +15,8 @@ from qlora_core.data.tokenize import Tokens
 from qlora_core.modeling.rows import PromptRow, TokenRow, prompt_writer, token_row_writer
 
 PREVIEW_ROWS = 3
+NO_KEY = bytes(16)
+"""Of a row that was cut: it is cut again from the whole row."""
 
 
 class Finished(NamedTuple):
@@ -27,6 +29,15 @@ class Finished(NamedTuple):
     tokens: Tokens
     prompt: PromptRow | None
     reused: bool
+    cut: str = ""
+    """What was cut, if the row was too long."""
+    part: int = 0
+    """Counted from 1 where a row became several."""
+
+    @property
+    def row_id(self) -> str:
+        """`file:row`, which identifies the row for people; `file:row#part` for a part of one."""
+        return f"{self.file}:{self.row}" + (f"#{self.part}" if self.part else "")
 
 
 class Side:
@@ -73,13 +84,16 @@ class Output:
         self._write_train([_token_row(row) for row in train])
         self._write_evaluation([_token_row(row) for row in evaluation])
         self._write_prompts([row.prompt for row in evaluation if row.prompt])
-        sides = [pa.array([row.key for row in kept], pa.binary(16)), pa.array([row.evaluation for row in kept])]
+        keys = [NO_KEY if row.cut else row.key for row in kept]
+        sides = [pa.array(keys, pa.binary(16)), pa.array([row.evaluation for row in kept])]
         self._keys.write(pa.RecordBatch.from_arrays(sides, schema=self._keys_schema))
         for row in kept:
             (self.evaluation if row.evaluation else self.train).add(row.tokens)
             self.reused_rows += row.reused
+            if row.cut and row.part <= 1:
+                self._tally.notice(RowProblem("shortened", row.cut), row.file, row.row)
         missing = PREVIEW_ROWS - len(self.preview)
-        self.preview += [(f"{row.file}:{row.row}", row.tokens) for row in train[:missing]]
+        self.preview += [(row.row_id, row.tokens) for row in train[:missing]]
 
     def _fits(self, row: Finished) -> bool:
         length = len(row.tokens.ids)
@@ -90,4 +104,4 @@ class Output:
 
 
 def _token_row(row: Finished) -> TokenRow:
-    return TokenRow(f"{row.file}:{row.row}", row.tokens.ids, row.tokens.mask)
+    return TokenRow(row.row_id, row.tokens.ids, row.tokens.mask)

@@ -22,6 +22,7 @@ from qlora_core.data.page import render_page
 from qlora_core.data.pipeline import finish
 from qlora_core.data.read import inspect, read_text
 from qlora_core.data.reuse import Earlier, comparable
+from qlora_core.data.shorten import Shortener
 from qlora_core.data.summary import Tally, counts_as_json, histogram
 from qlora_core.data.template import ChatTemplate
 from qlora_core.data.tokenize import RowTokenizer, UnequalIdsError, segments
@@ -106,10 +107,12 @@ def _make(
 ) -> tuple[Tally, Output]:
     """Write the rows; return what was counted."""
     tally = Tally()
-    candidates = Candidates(recipe, seed, ChatTemplate(tokenizer), Earlier(earlier), tally)
+    template = ChatTemplate(tokenizer)
+    candidates = Candidates(recipe, seed, template, Earlier(earlier), tally)
+    shortener = Shortener(template, tokenize, recipe.loss, recipe.too_long, recipe.seq_len_tokens)
     told = time.monotonic()
     with Output(into, recipe.seq_len_tokens, way, tally) as output:
-        for rows in finish(sift(candidates.of(raw), recipe.near_duplicates, tally), tokenize):
+        for rows in finish(sift(candidates.of(raw), recipe.near_duplicates, tally), tokenize, shortener):
             output.write(rows)
             if time.monotonic() - told > REPORT_EVERY_S:
                 report(Progress(what="prepare", done=tally.read, total=0, unit="rows"))
@@ -122,6 +125,11 @@ def _check(recipe: DataRecipe, tally: Tally, train_rows: int, evaluation_rows: i
         raise DataError(
             f"{tally.bad} of {tally.read} rows cannot be used; data.max_bad_rows allows {recipe.max_bad_rows:.1%}. "
             f"Correct the rows below or raise it:\n{tally.table()}"
+        )
+    if recipe.too_long == "fail" and "too_long" in tally.drops:
+        raise DataError(
+            f"{tally.drops['too_long'].rows} rows are longer than data.seq_len_tokens, {recipe.seq_len_tokens}, and "
+            f"data.too_long is `fail`; raise the length, or choose drop, truncate or split\n{tally.table()}"
         )
     for side, rows in (("training", train_rows), ("evaluation", evaluation_rows)):
         if rows == 0:

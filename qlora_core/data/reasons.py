@@ -37,6 +37,11 @@ REASONS: dict[str, Reason] = {
     "special_token": Reason("text holds a special token of the model", "remove it: it would end or start a turn"),
     "template": Reason("the chat template cannot render the row", "change the turns to what the template allows"),
     "too_long": Reason("the row is longer than data.seq_len_tokens", "raise data.seq_len_tokens", bad=False),
+    "shortened": Reason(
+        "the row is longer than data.seq_len_tokens and was cut between turns",
+        "raise data.seq_len_tokens to keep it whole",
+        bad=False,
+    ),
     "duplicate": Reason("the same row came before", "nothing; one copy is kept", bad=False),
     "near_duplicate": Reason(
         "another row says almost the same", "look at both; data.near_duplicates: drop removes the later one", bad=False

@@ -41,7 +41,9 @@ class DataRecipe(Part):
     """What is learnt: the assistant's turns with their ends, only the last of them, or every token."""
     tool_calls: ToolCalls | None = None
     seq_len_tokens: Annotated[int, Field(ge=8, le=1_048_576)] = 2048
-    """Longer rows are dropped and counted."""
+    too_long: Literal["drop", "truncate", "split", "fail"] = "drop"
+    """What happens to longer rows: dropped; cut to as many exchanges as fit; cut into several rows, each with the
+    system prompt; or the stage fails. A single exchange that is too long is dropped. All are counted."""
     split: Split = Split()
     near_duplicates: Literal["report", "drop", "ignore"] = "report"
     """Rows whose words are almost those of an earlier row, of their own side or of the other side of the split."""

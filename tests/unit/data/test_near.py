@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from qlora_core.data.candidates import Candidate
+from qlora_core.data.conversation import Conversation, Message
 from qlora_core.data.near import band_keys, sift
 from qlora_core.data.summary import Tally
 from qlora_core.data.template import Rendered
@@ -12,7 +13,8 @@ WORDS = [f"word{at}" for at in range(2000)]
 
 
 def candidate(row: int, text: str, evaluation: bool = False) -> Candidate:
-    return Candidate("rows", row, row.to_bytes(16, "big"), evaluation, Rendered("", ()), None, None, text)
+    said = Conversation((Message("user", text), Message("assistant", "yes")))
+    return Candidate("rows", row, row.to_bytes(16, "big"), evaluation, Rendered("", ()), None, None, said)
 
 
 def text(seed: int) -> list[str]:

@@ -1,0 +1,91 @@
+"""Rows that are too long, cut between two exchanges: what a user says, and all that follows until they speak again."""
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from itertools import chain
+from typing import Literal, NamedTuple
+
+from qlora_core.data.conversation import Conversation, Message
+from qlora_core.data.reasons import RowProblem
+from qlora_core.data.template import ChatTemplate, Loss, Rendered
+from qlora_core.data.tokenize import RowTokenizer, Tokens
+from qlora_core.modeling.rows import PromptRow
+
+Policy = Literal["drop", "truncate", "split", "fail"]
+
+
+class Part(NamedTuple):
+    """A piece of a conversation that fits."""
+
+    conversation: Conversation
+    rendered: Rendered
+    tokens: Tokens
+
+
+class Shortener:
+    """Cuts conversations to `limit` tokens: to their start (`truncate`), or into several (`split`)."""
+
+    def __init__(self, template: ChatTemplate, tokenize: RowTokenizer, loss: Loss, policy: Policy, limit: int) -> None:
+        self._template, self._tokenize, self._loss, self._policy = template, tokenize, loss, policy
+        self.limit = limit
+
+    def parts(self, conversation: Conversation) -> list[Part]:
+        """What is kept of a conversation that is too long, each with its system prompt and something to learn."""
+        if self._policy not in ("truncate", "split"):
+            return []
+        system, exchanges = _exchanges(conversation.messages)
+        parts: list[Part] = []
+        start = 0
+        while start < len(exchanges) and not (parts and self._policy == "truncate"):
+            longest = self._longest(conversation, system, exchanges[start:])
+            if longest is None and self._policy == "truncate":
+                break
+            parts += [longest[1]] if longest else []
+            start += longest[0] if longest else 1
+        return parts
+
+    def prompt(self, part: Part) -> PromptRow:
+        """What a part asks."""
+        prompt = self._template.prompt(part.conversation, part.rendered)
+        ids = self._tokenize([Rendered(prompt.prompt, ())])[0].ids
+        return prompt._replace(prompt_ids=ids.tolist())
+
+    def _longest(
+        self, conversation: Conversation, system: list[Message], exchanges: list[list[Message]]
+    ) -> tuple[int, Part] | None:
+        """The most exchanges from the start that fit, and how many they are."""
+
+        def part(count: int) -> Part | None:
+            return self._part(conversation._replace(messages=(*system, *chain.from_iterable(exchanges[:count]))))
+
+        count = bisect_left(range(1, len(exchanges) + 1), True, key=lambda at: _too_long(part(at), self.limit))
+        found = part(count) if count else None
+        return None if found is None or not found.rendered.spans else (count, found)
+
+    def _part(self, conversation: Conversation) -> Part | None:
+        try:
+            rendered = self._template.render(conversation, self._loss)
+        except RowProblem:
+            return None
+        return Part(conversation, rendered, self._tokenize([rendered])[0])
+
+
+def _too_long(part: Part | None, limit: int) -> bool:
+    return part is None or len(part.tokens.ids) > limit
+
+
+def _exchanges(messages: tuple[Message, ...]) -> tuple[list[Message], list[list[Message]]]:
+    """The system prompt, and the exchanges that end with the assistant."""
+    system = [message for message in messages if message.role == "system"]
+    return system, [part for part in _cut(messages[len(system) :]) if part[-1].role == "assistant"]
+
+
+def _cut(messages: tuple[Message, ...]) -> Iterator[list[Message]]:
+    part: list[Message] = []
+    for message in messages:
+        if message.role == "user" and part and part[-1].role == "assistant":
+            yield part
+            part = []
+        part.append(message)
+    if part:
+        yield part
