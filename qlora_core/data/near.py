@@ -11,7 +11,7 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from rensa import RMinHash
+from rensa import RMinHash  # type: ignore[import-untyped]
 
 from qlora_core.data.candidates import Candidate
 from qlora_core.data.reasons import RowProblem

@@ -69,8 +69,15 @@ def test_the_place_is_file_and_row():
 def test_the_key_depends_on_what_is_said_and_not_on_the_form():
     alpaca = read({"instruction": "hi", "input": "", "output": "hello"})
     chat = read({"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]})
-    assert content_key(alpaca, "everything") == content_key(chat, "everything")
-    assert content_key(chat, "everything") != content_key(chat, "last_turn")
+    assert content_key(alpaca) == content_key(chat)
+
+
+def test_the_key_depends_on_what_is_not_to_be_learnt():
+    def chat(**fields):
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", **fields}]
+        return read({"messages": [*turns, {"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]})
+
+    assert content_key(chat()) == content_key(chat(train=True)) != content_key(chat(train=False))
 
 
 def test_a_single_call_has_the_tools_what_the_user_said_and_the_call():
