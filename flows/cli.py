@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -27,6 +27,9 @@ ModelName = Annotated[str | None, typer.Argument(help="A registered model; all o
 ModelAtAlias = Annotated[str, typer.Argument(metavar="MODEL@ALIAS", help="Such as smollm2-tool-caller@champion.")]
 ModelVersion = Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="An alias or a number, such as x@3.")]
 Reason = Annotated[str, typer.Option(help="Kept with the version.")]
+ExportKind = Annotated[
+    Literal["nf4", "gptq-int4"], typer.Option("--as", help="What loads it: bitsandbytes, or GPTQ kernels.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 
@@ -161,6 +164,28 @@ def chat(
     from flows.commands import chat_with
 
     chat_with(model, example, settings)
+
+
+@app.command()
+def serve(
+    model: ModelAtAlias,
+    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+) -> None:
+    """Serve a registered model to OpenAI clients, with `transformers serve`."""
+    settings = _start()
+    from flows.serve import serve_model
+
+    serve_model(model, host, port, settings)
+
+
+@app.command()
+def export(model: ModelAtAlias, kind: ExportKind) -> None:
+    """Make a registered model small: 4 bits, measured against the model itself."""
+    settings = _start()
+    from flows.commands import export_model
+
+    export_model(model, kind, settings)
 
 
 @app.command()

@@ -5,6 +5,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.markup import escape
 
+from qlora_core.merging.export import Kind
 from qlora_core.recipe import Recipe, load_recipe
 from tasks.settings import Settings
 
@@ -49,6 +50,19 @@ def reconcile_all(settings: Settings) -> None:
 
     for line in reconcile() or ["nothing to do"]:
         console.print(line)
+
+
+def export_model(model: str, kind: Kind, settings: Settings) -> None:
+    """Export the version behind an alias and say where it is."""
+    settings.make_home()
+    from flows.export import export
+    from tasks.orphans import end_stray_servers
+
+    if settings.embedded_prefect:
+        console.print("[dim]starting the embedded Prefect server …[/]")
+        end_stray_servers(settings)
+    exported = export(model, kind)
+    console.print(f"\nfolder    {exported.path / 'model'}")
 
 
 def check_recipe(path: Path, overrides: tuple[str, ...], settings: Settings) -> None:

@@ -85,6 +85,13 @@ class Store:
             if found is not None:
                 yield found
 
+    def find_digest(self, kind: type[A], stage: str, digest: str) -> A | None:
+        """The artifact of a stage whose content has this digest, or None."""
+        for manifest in sorted((self.root / stage).glob(f"*/{MANIFEST}")):
+            if json.loads(manifest.read_text())["record"]["digest"] == digest:
+                return self.find(kind, stage, manifest.parent.name)
+        return None
+
     def obtain(
         self, kind: type[A], stage: str, key: str, produce: Callable[[Path], A], keep: tuple[str, ...] = EVERYTHING
     ) -> A:

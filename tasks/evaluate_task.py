@@ -127,6 +127,7 @@ def _context(
             ("adapter", adapter.digest[:12]),
             ("merged model", merged.digest[:12]),
             ("MLflow run", stage.retraining.parent_run_id),
+            *((f"loss of {name.replace('_', ' ')}", f"{loss:.4f}") for name, loss in merged.proof.losses.items()),
         ),
         needs_approval=recipe.promotion.approval == "manual",
         timings_s=stage.tracker.stage_seconds(stage.retraining),

@@ -11,7 +11,8 @@ from qlora_core.data import prepare
 from qlora_core.evaluation import evaluate
 from qlora_core.hub import resolve
 from qlora_core.hub.resolve import Resolved
-from qlora_core.merging import merge
+from qlora_core.merging import export, merge
+from qlora_core.merging.export import Kind
 from qlora_core.recipe import Recipe, TrainRecipe
 from qlora_core.store import fingerprint
 from qlora_core.training import launch
@@ -63,6 +64,11 @@ def train_key(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) -> 
 def merge_key(recipe: Recipe, base: ModelSnapshot, adapter: Adapter) -> str:
     """Of the merged model."""
     return fingerprint("merge", merge.VERSION, recipe.merge, {"base": base.digest, "adapter": adapter.digest})
+
+
+def export_key(kind: Kind, model_digest: str, dataset: PreparedDataset) -> str:
+    """Of a merged model in 4 bits."""
+    return fingerprint("export", export.VERSION, {"kind": kind}, {"model": model_digest, "data": dataset.digest})
 
 
 def scores_key(recipe: Recipe, model_digest: str, dataset: PreparedDataset) -> str:

@@ -36,6 +36,7 @@ def _describe(merged: MergedModel) -> Described:
             "largest_logit_difference": proof.largest_logit_difference,
             "kl_divergence": proof.kl_divergence,
             "top1_agreement": proof.top1_agreement,
+            **{f"loss_{name}": loss for name, loss in proof.losses.items()},
         },
         tags={
             "qlora.digest": merged.digest,

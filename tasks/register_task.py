@@ -6,6 +6,7 @@ from prefect import State, task
 from prefect.states import Completed
 
 from qlora_core.artifacts import Adapter, EvaluationReport, MergedModel, ModelSnapshot, PreparedDataset
+from qlora_core.merging.merge import MODEL, scored_folder
 from qlora_core.modeling.rows import example_messages
 from tasks.approval import NOBODY
 from tasks.keys import candidate_key
@@ -35,13 +36,13 @@ def register(
             known = registry.version(recipe.name, known.number)
             stage.display.done(f"version {known.number} of {recipe.name}", reused=True)
             return Completed(name="Reused", data=known)
-        with stage.recorded(key) as run:
+        with stage.recorded(key) as run, scored_folder(merged.path / MODEL, report) as folder:
             run.params({"name": recipe.name})
             version = registry.register(
                 recipe.name,
                 key,
                 run.run_id,
-                merged.path / "model",
+                folder,
                 example_messages(dataset.path),
                 {**_lineage(base, dataset, adapter, merged), **_judged(stage.settings, retraining, report)},
             )

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -32,6 +33,8 @@ from tasks.settings import Settings
 PARAM_LIMIT_CHARACTERS = 6000
 BATCH_LIMIT = 100
 OPEN = ("RUNNING", "SCHEDULED")
+RECIPE = "recipe.json"
+"""Artifact of a parent run: the recipe that it retrains by."""
 
 
 class Retraining(Record):
@@ -128,8 +131,20 @@ class Tracker:
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         self.client.update_run(run_id, status="RUNNING")
         StageRun(self.client, run, "").params(recipe)
-        self.client.log_text(run_id, json.dumps(recipe.model_dump(mode="json"), indent=2), "recipe.json")
+        self.client.log_text(run_id, json.dumps(recipe.model_dump(mode="json"), indent=2), RECIPE)
         return Retraining(recipe=recipe, experiment_id=experiment_id, parent_run_id=run_id, flow_run_id=flow_run_id)
+
+    def reopen(self, parent_run_id: str, flow_run_id: str) -> Retraining:
+        """The retraining of a parent run, so that a later flow can add a stage to it."""
+        run = self.client.get_run(parent_run_id)
+        with TemporaryDirectory() as folder:
+            text = Path(self.client.download_artifacts(parent_run_id, RECIPE, folder)).read_text(encoding="utf-8")
+        return Retraining(
+            recipe=Recipe.model_validate_json(text),
+            experiment_id=run.info.experiment_id,
+            parent_run_id=parent_run_id,
+            flow_run_id=flow_run_id,
+        )
 
     @contextmanager
     def stage(self, retraining: Retraining, stage: str, key: str, task_run_id: str) -> Iterator[StageRun]:

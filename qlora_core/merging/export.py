@@ -3,15 +3,16 @@
 from pathlib import Path
 from typing import Literal
 
-from qlora_core.artifacts import ExportedModel, MergedModel, PreparedDataset, Record
+from qlora_core.artifacts import ExportedModel, PreparedDataset, Record
 from qlora_core.events import Report
+from qlora_core.merging.spec import MODEL
 from qlora_core.process import run_child
 
 Kind = Literal["nf4", "gptq-int4"]
 VERSION = 1
 """Raised when exporting makes something else from the same input."""
 
-KEEP = ("model/**/*",)
+KEEP = (f"{MODEL}/**/*",)
 """Glob patterns of what belongs to the artifact."""
 
 ENTRY = "qlora_core.merging.export_worker:work"
@@ -21,12 +22,16 @@ class ExportSpec(Record):
     """What the child is asked to do; `into` is its work directory."""
 
     kind: Kind
-    model: MergedModel
+    model: Path
+    """Folder of the merged model."""
+    model_digest: str
     dataset: PreparedDataset
     into: Path
 
 
-def export(kind: Kind, model: MergedModel, dataset: PreparedDataset, into: Path, report: Report) -> ExportedModel:
+def export(
+    kind: Kind, model: Path, model_digest: str, dataset: PreparedDataset, into: Path, report: Report
+) -> ExportedModel:
     """Write `into/model`, the merged model in 4 bits, and measure what the quantization costs on held-out rows.
 
     `nf4` is what bitsandbytes loads; `gptq-int4` (arXiv:2210.17323) is calibrated on training rows by GPTQModel,
@@ -36,9 +41,9 @@ def export(kind: Kind, model: MergedModel, dataset: PreparedDataset, into: Path,
         MergeError: the quantizer is not installed or cannot take this model, or the export does not load.
         ChildError: the child was killed.
     """
-    spec = ExportSpec(kind=kind, model=model, dataset=dataset, into=into)
+    spec = ExportSpec(kind=kind, model=model, model_digest=model_digest, dataset=dataset, into=into)
     record = run_child(ENTRY, spec, into / "child", report)
     return ExportedModel.model_validate({**record, "path": into})
 
 
-__all__ = ["KEEP", "VERSION", "ExportSpec", "Kind", "export"]
+__all__ = ["KEEP", "MODEL", "VERSION", "ExportSpec", "Kind", "export"]

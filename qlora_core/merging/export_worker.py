@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 
 from qlora_core.artifacts import ExportedModel
 from qlora_core.errors import MergeError
 from qlora_core.events import Note, Report
+from qlora_core.merging.card import CARD, note_export
 from qlora_core.merging.export import ExportSpec
 from qlora_core.merging.logits import agree, mean_loss, predict, read_probe
 from qlora_core.merging.spec import MODEL
@@ -25,39 +26,42 @@ GROUP_SIZES = (128, 64, 32, 16)
 
 
 def work(spec: dict[str, Any], report: Report) -> ExportedModel:
-    """Export and measure; the child's entry.
+    """Export, measure, and say so on the card; the child's entry.
 
     Raises:
         MergeError: the quantizer is not installed or cannot take this model.
     """
     task = ExportSpec.model_validate(spec)
-    merged, exported, device = task.model.path / MODEL, task.into / MODEL, pick_device()
+    merged, exported, device = task.model, task.into / MODEL, pick_device()
     probe = read_probe(task.dataset.path)
     expected = predict(load_full(merged, device), probe)
     discard(exported)
     exported.mkdir(parents=True)
     report(Note(message=f"quantizing to {task.kind}"))
     if task.kind == "nf4":
-        _save_nf4(merged, exported, device, getattr(torch, task.model.dtype))
+        _save_nf4(merged, exported, device)
     else:
         _save_gptq(merged, exported, device, task.dataset.path)
     _copy_what_serving_needs(merged, exported)
     found = predict(_load(exported, device), probe)
     agreement = agree(expected, found)
-    return ExportedModel(
+    made = ExportedModel(
         path=task.into,
         kind=task.kind,
-        model_digest=task.model.digest,
+        model_digest=task.model_digest,
         bytes=sum(file.stat().st_size for file in exported.glob("*.safetensors")),
         losses={"merged": mean_loss(expected, probe), "exported": mean_loss(found, probe)},
         kl_divergence=agreement.kl,
         top1_agreement=agreement.top1,
         probe_tokens=sum(len(row.input_ids) for row in probe),
     )
+    note_export(exported / CARD, made)
+    return made
 
 
-def _save_nf4(merged: Path, exported: Path, device: torch.device, dtype: torch.dtype) -> None:
+def _save_nf4(merged: Path, exported: Path, device: torch.device) -> None:
     """Quantize while loading; what stays unquantized keeps the merged model's dtype."""
+    dtype = AutoConfig.from_pretrained(merged).dtype or torch.float32
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
@@ -87,8 +91,6 @@ def _group_size(merged: Path) -> int:
     Raises:
         MergeError: none does.
     """
-    from transformers import AutoConfig
-
     config = AutoConfig.from_pretrained(merged)
     for size in GROUP_SIZES:
         if config.hidden_size % size == 0 and config.intermediate_size % size == 0:

@@ -6,6 +6,7 @@ from pathlib import Path
 from qlora_core.artifacts import Adapter, MergedModel, ModelSnapshot, PreparedDataset
 from qlora_core.errors import MergeError
 from qlora_core.events import Report
+from qlora_core.merging.card import scored_folder
 from qlora_core.merging.spec import KEEP, MODEL, PROOF, VERSION, MergeSpec
 from qlora_core.process import run_child
 from qlora_core.recipe import MergeRecipe, Quantization
@@ -89,4 +90,4 @@ def _own(into: Path, spec: MergeSpec) -> None:
     write_atomically(mark, identity)
 
 
-__all__ = ["KEEP", "MODEL", "PROOF", "VERSION", "merge"]
+__all__ = ["KEEP", "MODEL", "PROOF", "VERSION", "merge", "scored_folder"]

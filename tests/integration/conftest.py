@@ -65,12 +65,12 @@ def free_port() -> int:
         return port
 
 
-def wait_until_healthy(url: str) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def wait_until_healthy(url: str, timeout_s: float = START_TIMEOUT_S) -> None:
+    deadline = time.monotonic() + timeout_s
     while time.monotonic() < deadline:
         try:
             if httpx.get(url, timeout=2).status_code == 200:
                 return
         except httpx.HTTPError:
             time.sleep(0.2)
-    raise TimeoutError(f"nothing healthy at {url} after {START_TIMEOUT_S} s")
+    raise TimeoutError(f"nothing healthy at {url} after {timeout_s} s")

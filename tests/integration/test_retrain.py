@@ -56,6 +56,9 @@ def test_a_recipe_becomes_a_champion_then_nothing_changes_then_a_new_rate_is_com
     assert len(losses_of(client)) == 12
     assert "report.html" in {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert_champion_answers_elsewhere(environment)
+    merge = stages[STAGES.index("merge")]
+    assert merge.data.metrics.keys() >= {"loss_quantized_base_and_adapter", "loss_base_and_adapter", "loss_merged"}
+    assert {file.path for file in client.list_artifacts(merge.info.run_id, "proof")} >= {"proof/changes.png"}
 
     again = qlora("run", recipe, environment=environment)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -76,6 +79,33 @@ def test_a_recipe_becomes_a_champion_then_nothing_changes_then_a_new_rate_is_com
     listed = json.loads(qlora("models", NAME, "--json", environment=environment).stdout)
     assert [version["number"] for version in listed] == [2, 1]
     assert {alias for version in listed for alias in version["aliases"]} >= {"champion"}
+
+
+@pytest.mark.slow
+def test_a_champion_is_exported_into_its_own_retraining(environment, tmp_path):
+    recipe = write_recipe(tmp_path / "recipe", merge={"dtype": "bfloat16"})
+    first = qlora("run", recipe, environment=environment)
+    assert first.returncode == 0, first.stdout + first.stderr
+    exported = qlora("export", f"{NAME}@champion", "--as", "nf4", environment=environment)
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    folder = Path(re.search(r"^folder +(.*)$", exported.stdout, re.M)[1])
+    card = (folder / "README.md").read_text()
+    assert "## Scores" in card
+    assert "Quantized to nf4" in card
+
+    client = client_of(environment)
+    (parent,) = runs_of(client, "retrain")
+    run = runs_of(client, "stage")[-1]
+    assert run.data.tags["qlora.stage"] == "export-nf4"
+    assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["loss_exported"] == pytest.approx(run.data.metrics["loss_merged"], rel=0.5)
+    assert "model/model.safetensors" in {file.path for file in client.list_artifacts(run.info.run_id, "model")}
+    (version,) = client.search_model_versions(f"name = '{NAME}'")
+    assert version.tags["qlora.export.nf4"] == run.data.tags["qlora.digest"]
+
+    again = qlora("export", NAME, "--as", "nf4", environment=environment)
+    assert "reused" in again.stdout, again.stdout + again.stderr
 
 
 def assert_champion_answers_elsewhere(environment: dict[str, str]) -> None:

@@ -40,6 +40,15 @@ def test_what_was_made_is_found_with_its_digest_and_only_with_what_was_kept(tmp_
     assert not list((tmp_path / "work").glob("*"))
 
 
+def test_an_artifact_is_found_by_its_digest_too(tmp_path):
+    store = Store(tmp_path)
+    assert store.find_digest(Thing, "thing", "f" * 64) is None
+    made = store.obtain(Thing, "thing", KEY, make)
+    store.obtain(Thing, "thing", fingerprint("thing", 2, {}, {}), lambda into: make(into, "bye"))
+    assert store.find_digest(Thing, "thing", made.digest) == made
+    assert store.find_digest(Thing, "other", made.digest) is None
+
+
 def test_the_digest_depends_on_content_alone(tmp_path):
     one, two, other = (
         Store(tmp_path / name).obtain(Thing, "thing", KEY, lambda into, text=text: make(into, text))

@@ -9,34 +9,18 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from qlora_core.artifacts import MergedModel, MergeProof
 from qlora_core.events import ignore
+from qlora_core.merging.card import write_card
 from qlora_core.merging.export import ExportSpec, Kind
 from qlora_core.merging.export_worker import work
-from qlora_core.merging.spec import MergeSpec
+from qlora_core.merging.spec import MODEL, MergeSpec
 from qlora_core.merging.worker import write_model
 
 
 def export_spec(case: MergeSpec, kind: Kind, into: Path) -> ExportSpec:
     changed = write_model(case, ignore)
-    proof = MergeProof(
-        tensors=21,
-        changed=changed,
-        unchanged=7,
-        largest_logit_difference=0.0,
-        kl_divergence=0.0,
-        top1_agreement=1.0,
-        probe_tokens=1,
-    )
-    model = MergedModel(
-        path=case.into,
-        digest="f" * 64,
-        base_digest=case.base.digest,
-        adapter_digest=case.adapter.digest,
-        dtype=case.base.dtype,
-        proof=proof,
-    )
-    return ExportSpec(kind=kind, model=model, dataset=case.dataset, into=into)
+    write_card(case, len(changed), 21, case.base.dtype)
+    return ExportSpec(kind=kind, model=case.into / MODEL, model_digest="f" * 64, dataset=case.dataset, into=into)
 
 
 KINDS = [
@@ -68,3 +52,6 @@ def test_an_export_loads_by_itself_and_is_measured(
     assert AutoTokenizer.from_pretrained(folder).chat_template is not None
     stops = json.loads((folder / "generation_config.json").read_text())["eos_token_id"]
     assert stops == json.loads((case.into / "model" / "generation_config.json").read_text())["eos_token_id"]
+    card = (folder / "README.md").read_text()
+    assert f"Quantized to {kind}" in card
+    assert f"{exported.losses['exported']:.4f}" in card

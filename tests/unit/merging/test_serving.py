@@ -10,10 +10,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from qlora_core.artifacts import EvaluationReport
 from qlora_core.errors import MergeError
 from qlora_core.events import ignore
 from qlora_core.merging import reload
-from qlora_core.merging.card import write_card
+from qlora_core.merging.card import scored_folder, write_card
 from qlora_core.merging.serving import write_serving_files
 from qlora_core.merging.spec import MergeSpec
 from qlora_core.merging.worker import write_model
@@ -88,6 +89,33 @@ def test_the_card_says_where_the_model_comes_from(make_case: Callable[..., Merge
     assert all(part.digest in card for part in (case.base, case.adapter, case.dataset))
     assert "14 of 21 tensors changed" in card
     assert "1 too_long" in card
+
+
+def test_scores_are_put_on_the_card_of_a_copy(make_case: Callable[..., MergeSpec], tmp_path: Path) -> None:
+    case = make_case()
+    write_model(case, ignore)
+    write_card(case, 14, 21, "float32")
+    model = case.into / "model"
+    before = {file.name: file.read_bytes() for file in model.iterdir()}
+    report = EvaluationReport(
+        path=tmp_path,
+        base={"loss": 2.5},
+        candidate={"loss": 1.25, "exact_match": 0.5},
+        champion=None,
+        base_digest="b" * 64,
+        candidate_digest="c" * 64,
+        champion_digest=None,
+        data_digest="d" * 64,
+        rows=24,
+    )
+    with scored_folder(model, report) as folder:
+        card = (folder / "README.md").read_text()
+        assert {file.name for file in folder.iterdir()} == before.keys()
+        AutoModelForCausalLM.from_pretrained(folder)
+    assert card.index("## Scores") < card.index("On 24 held-out rows") < card.index("## Training")
+    assert "| loss | 2.5 | 1.25 |" in card
+    assert "| exact_match |  | 0.5 |" in card
+    assert {file.name: file.read_bytes() for file in model.iterdir()} == before
 
 
 def test_a_fresh_load_answers_and_stops(make_case: Callable[..., MergeSpec]) -> None:
