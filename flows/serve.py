@@ -21,8 +21,9 @@ def serve_model(model: str, host: str, port: int, settings: Settings) -> None:
     console.print(f"[bold]{server.about}[/] answers at http://{host}:{port}/v1 in OpenAI's form, once it is loaded:\n")
     console.print(
         f"  curl http://{host}:{port}/v1/chat/completions -H 'Content-Type: application/json' -d \\\n"
-        f'    \'{{"model": "{server.folder}", "messages": [{{"role": "user", "content": "..."}}]}}\'\n'
+        f'    \'{{"model": "{server.model}", "messages": [{{"role": "user", "content": "..."}}]}}\'\n'
     )
     console.print("[dim]Ctrl-C ends[/]")
     sys.stdout.flush()
-    os.execv(sys.executable, [sys.executable, *server.arguments])
+    os.chdir(server.folder)
+    os.execve(sys.executable, [sys.executable, *server.arguments], {**os.environ, **server.environment})

@@ -19,7 +19,9 @@ def merge(
         return stage.run(
             merge_key(recipe, base, adapter),
             MergedModel,
-            lambda into, report: merging.merge(recipe.merge, base, adapter, dataset, into, report),
+            lambda into, report: merging.merge(
+                recipe.merge, base, adapter, dataset, into, report, trained_on=recipe.train.quantization
+            ),
             params=recipe.merge,
             describe=_describe,
             line=_line,

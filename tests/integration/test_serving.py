@@ -1,6 +1,7 @@
 """A registered model behind real servers, asked by the real OpenAI client."""
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -40,7 +41,12 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(command: list[str], home: Path, health: str) -> Iterator[None]:
     """A server in a process group of its own, until the block ends."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("QLORA_", "MLFLOW_", "PREFECT_"))}
-    environment = {**kept, "QLORA_HOME": str(home), "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow/mlflow.db"}
+    environment = {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",  # `mlflow models serve` looks for uvicorn there
+        "QLORA_HOME": str(home),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{home}/mlflow/mlflow.db",
+    }
     with (home / "server.log").open("wb") as log:
         server = subprocess.Popen(
             [sys.executable, "-m", *command], env=environment, stdout=log, stderr=subprocess.STDOUT
@@ -59,7 +65,8 @@ def test_qlora_serve_answers_an_openai_client(home: Path) -> None:
     url = f"http://127.0.0.1:{port}"
     with served(["flows.cli", "serve", f"{NAME}@champion", "--port", str(port)], home, f"{url}/health"):
         client = OpenAI(base_url=f"{url}/v1", api_key="none")
-        model = client.models.list().data[0].id
+        model = re.search(r'"model": "([^"]+)"', (home / "server.log").read_text())[1]
+        assert client.models.list().data == []
         whole = client.chat.completions.create(model=model, messages=[QUESTION], max_tokens=8, temperature=0)
         assert whole.choices[0].message.role == "assistant"
         assert whole.choices[0].message.content
@@ -80,7 +87,8 @@ def test_mlflow_models_serve_answers_in_openai_form(home: Path) -> None:
     command = ["mlflow", "models", "serve", "-m", f"models:/{NAME}@champion", "--env-manager", "local"]
     with served([*command, "--port", str(port)], home, f"{url}/ping"):
         client = OpenAI(base_url=url, api_key="none")
-        answer = client.post("/invocations", cast_to=ChatCompletion, body={"messages": [QUESTION], "max_tokens": 8})
+        body = {"messages": [QUESTION], "max_tokens": 8}
+        (answer,) = client.post("/invocations", cast_to=list[ChatCompletion], body=body)  # MLflow puts it into a list
         assert answer.object == "chat.completion"
         assert answer.choices[0].message.role == "assistant"
         assert isinstance(answer.choices[0].message.content, str)
