@@ -36,30 +36,53 @@ LOG_LINES_IN_ERROR = 15
 PR_SET_PDEATHSIG = 1
 LAUNCHER = "QLORA_LAUNCHER_PID"
 """Where a rank finds the number of the torchrun that started it."""
+MASTER = "PET_MASTER_ADDR"
+"""torchrun's own variable for the node that the others meet at; PET_MASTER_PORT goes with it."""
 
 
-def run_child(entry: str, spec: Record, folder: Path, report: Report, processes: int = 1) -> dict[str, Any]:
+class Group(Record):
+    """The processes that work on one spec together."""
+
+    processes: int = 1
+    """On each node."""
+    nodes: int = 1
+    rendezvous: bool = False
+    """Start torchrun even for a single process, because the work needs a process group."""
+
+    @property
+    def is_launched(self) -> bool:
+        """Whether torchrun starts them."""
+        return self.processes * self.nodes > 1 or self.rendezvous
+
+
+ALONE = Group()
+
+
+def run_child(entry: str, spec: Record, folder: Path, report: Report, group: Group = ALONE) -> dict[str, Any]:
     """Call `entry` (`package.module:function`) with `spec` in a child process and return the record it made, as JSON.
 
     The function takes the spec as a JSON mapping and a `Report`. With several processes it runs once in each under
-    torchrun, and only rank 0 reports and answers.
+    torchrun, and only rank 0 reports and answers. With several nodes this is node 0; `python -m qlora_core.process
+    join FOLDER` on the others, which must see the same folder, starts their part.
 
     Raises:
         QloraError: what the child raised, of the same type.
-        ChildError: the child died without a result.
+        ChildError: the child died without a result, or nothing says where nodes meet.
     """
     folder.mkdir(parents=True, exist_ok=True)
     result = folder / "result.json"
     result.unlink(missing_ok=True)
     write_atomically(folder / "spec.json", spec.model_dump_json())
+    if group.nodes > 1:
+        _invite(entry, folder, group, report)
     with (folder / "log.txt").open("ab") as log:
         child = subprocess.Popen(
-            _command(entry, folder, processes),
+            _command(entry, folder, group),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            env=_environment(processes),
+            env=_environment(group.processes),
         )
         try:
             while child.poll() is None:
@@ -95,13 +118,44 @@ def tail(path: Path, lines: int = LOG_LINES_IN_ERROR) -> str:
     return "\n".join(path.read_text(errors="replace").splitlines()[-lines:])
 
 
-def _command(entry: str, folder: Path, processes: int) -> Sequence[str]:
-    work = ["-m", "qlora_core.process", "work", str(os.getpid()), entry, str(folder)]
-    if processes == 1:
-        return [sys.executable, *work]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    launch = ["-m", "qlora_core.process", "exec", str(os.getpid()), sys.executable, *torchrun]
-    return [sys.executable, *launch, "-m", "qlora_core.process", "work", LAUNCHER, entry, str(folder)]
+def _command(entry: str, folder: Path, group: Group) -> Sequence[str]:
+    if not group.is_launched:
+        return [sys.executable, "-m", "qlora_core.process", "work", str(os.getpid()), entry, str(folder)]
+    launch = ["-m", "qlora_core.process", "exec", str(os.getpid()), sys.executable, *_torchrun(entry, folder, group)]
+    return [sys.executable, *launch]
+
+
+def _torchrun(entry: str, folder: Path, group: Group) -> Sequence[str]:
+    """Where nodes meet and which one this is comes from torchrun's own variables."""
+    where = ["--nnodes", str(group.nodes)] if group.nodes > 1 else ["--standalone"]
+    torchrun = ["-m", "torch.distributed.run", *where, "--nproc-per-node", str(group.processes)]
+    return [*torchrun, "-m", "qlora_core.process", "work", LAUNCHER, entry, str(folder)]
+
+
+def _invite(entry: str, folder: Path, group: Group, report: Report) -> None:
+    """Leave what the other nodes need, and say what to type there."""
+    if not os.environ.get(MASTER):
+        raise ChildError(
+            f"{group.nodes} nodes are to work together, and {MASTER} is not set; set it to this node's address as the "
+            "others see it (and PET_MASTER_PORT to a free port, if 29500 is not)"
+        )
+    write_atomically(folder / "group.json", json.dumps({"entry": entry, "group": group.model_dump()}))
+    port = os.environ.get("PET_MASTER_PORT", "29500")
+    others = ", ".join(str(number) for number in range(1, group.nodes))
+    report(
+        Note(
+            message=f"waiting for {group.nodes - 1} more node(s); on each, with PET_NODE_RANK = {others}: {MASTER}="
+            f"{os.environ[MASTER]} PET_MASTER_PORT={port} PET_NODE_RANK=... python -m qlora_core.process join {folder}"
+        )
+    )
+
+
+def _join(folder: Path) -> None:
+    """Become torchrun on a further node of a group that was started elsewhere."""
+    invitation = json.loads((folder / "group.json").read_text())
+    group = Group.model_validate(invitation["group"])
+    os.environ |= _environment(group.processes) | {LAUNCHER: str(os.getpid())}
+    os.execv(sys.executable, [sys.executable, *_torchrun(invitation["entry"], folder, group)])
 
 
 def _environment(processes: int) -> dict[str, str]:
@@ -185,8 +239,14 @@ def _work(entry: str, folder: Path) -> int:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """`work PARENT ENTRY FOLDER` runs a stage; `exec PARENT COMMAND...` becomes a launcher that dies with it."""
+    """What a child process is started with.
+
+    `work PARENT ENTRY FOLDER` runs a stage; `exec PARENT COMMAND...` becomes a launcher that dies with its parent;
+    `join FOLDER`, typed by a person, becomes the launcher of a further node.
+    """
     verb, parent, *rest = arguments
+    if verb == "join":
+        _join(Path(parent))
     die_with_parent(os.environ[LAUNCHER] if parent == LAUNCHER else parent)
     if verb == "exec":
         os.environ[LAUNCHER] = str(os.getpid())  # the number stays when the program is replaced
@@ -194,7 +254,7 @@ def main(arguments: Sequence[str]) -> int:
     return _work(rest[0], Path(rest[1]))
 
 
-__all__ = ["deliver", "die_with_parent", "run_child", "tail"]
+__all__ = ["ALONE", "Group", "deliver", "die_with_parent", "run_child", "tail"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -5,7 +5,7 @@ from pathlib import Path
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
 from qlora_core.errors import TrainingError
 from qlora_core.events import Report
-from qlora_core.process import run_child
+from qlora_core.process import Group, run_child
 from qlora_core.recipe import TrainRecipe
 from qlora_core.training.spec import TrainSpec
 
@@ -44,9 +44,8 @@ def train(
     if dataset.train_rows == 0:
         raise TrainingError("the data set has no training rows; lower data.split.evaluation_fraction or add rows")
     spec = TrainSpec(recipe=recipe, seed=seed, base=base, dataset=dataset, into=into)
-    made = run_child(
-        "qlora_core.training.worker:run", spec, into / "child", report, processes=_processes(recipe.processes)
-    )
+    group = Group(processes=_processes(recipe.processes), nodes=recipe.nodes, rendezvous=recipe.strategy != "ddp")
+    made = run_child("qlora_core.training.worker:run", spec, into / "child", report, group)
     return Adapter.model_validate(made)
 
 

@@ -78,7 +78,7 @@ def start_processes(spec: TrainSpec, device: torch.device, report: Report) -> Ac
         return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     from qlora_core.training.zero import zero_accelerator
 
-    return zero_accelerator(spec.recipe, device.type == "cpu", report)
+    return zero_accelerator(spec.recipe, report)
 
 
 def adapted_model(spec: TrainSpec, device: torch.device, dtype: torch.dtype) -> PeftModel:

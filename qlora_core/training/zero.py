@@ -149,7 +149,7 @@ class ZeroParallel:
             self.module.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def zero_accelerator(recipe: TrainRecipe, cpu: bool, report: Report) -> Accelerator:
+def zero_accelerator(recipe: TrainRecipe, report: Report) -> Accelerator:
     """Start the process group for DeepSpeed.
 
     Raises:
@@ -162,7 +162,7 @@ def zero_accelerator(recipe: TrainRecipe, cpu: bool, report: Report) -> Accelera
             f"train.strategy is {recipe.strategy}, which needs DeepSpeed: pip install 'qlora-flows[deepspeed]', or set "
             "train.strategy to ddp"
         ) from None
-    return Accelerator(cpu=cpu, deepspeed_plugin=plugin)
+    return Accelerator(deepspeed_plugin=plugin)  # `cpu=True` would turn DeepSpeed off
 
 
 def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -11,14 +12,14 @@ import pytest
 
 from qlora_core.errors import ChildError, TrainingError
 from qlora_core.events import Metrics, Note, ignore
-from qlora_core.process import deliver, run_child
+from qlora_core.process import ALONE, Group, deliver, run_child
 from tests.unit.core.child import Answer
 
 ENTRY = "tests.unit.core.child:"
 
 
-def run(function: str, folder: Path, report=ignore, processes: int = 1):
-    return run_child(ENTRY + function, Answer(value=21), folder, report, processes=processes)
+def run(function: str, folder: Path, report=ignore, group: Group = ALONE):
+    return run_child(ENTRY + function, Answer(value=21), folder, report, group)
 
 
 def test_a_child_reports_in_order_and_answers(tmp_path):
@@ -74,8 +75,9 @@ def test_leaving_the_call_ends_the_child(tmp_path):
 @pytest.mark.parametrize("processes", [1, 2])
 def test_no_child_outlives_a_killed_parent(tmp_path, processes):
     program = (
-        "from tests.unit.core.child import Answer; from qlora_core.process import run_child; from pathlib import Path; "
-        f"run_child('{ENTRY}linger', Answer(value=1), Path({str(tmp_path)!r}), print, processes={processes})"
+        "from tests.unit.core.child import Answer; from qlora_core.process import Group, run_child; "
+        "from pathlib import Path; "
+        f"run_child('{ENTRY}linger', Answer(value=1), Path({str(tmp_path)!r}), print, Group(processes={processes}))"
     )
     parent = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     timer = threading.Timer(90, parent.kill)
@@ -94,5 +96,34 @@ def test_no_child_outlives_a_killed_parent(tmp_path, processes):
 
 def test_of_several_processes_only_rank_zero_reports(tmp_path):
     events = []
-    assert run("rank", tmp_path, events.append, processes=2) == {"value": 2}
+    assert run("rank", tmp_path, events.append, Group(processes=2)) == {"value": 2}
     assert events == [Note(message="rank 0 of 2")]
+
+
+def test_a_second_node_joins_by_what_the_first_one_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PET_MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("PET_MASTER_PORT", str(free_port()))
+    events, joined = [], []
+
+    def report(event):
+        events.append(event)
+        if "waiting for 1 more node(s)" in event.message:
+            command = event.message.partition("PET_NODE_RANK=... ")[2].split()
+            environment = {**os.environ, "PET_NODE_RANK": "1"}
+            joined.append(subprocess.Popen([sys.executable, *command[1:]], env=environment))
+
+    assert run("rank", tmp_path, report, Group(processes=1, nodes=2)) == {"value": 2}
+    assert events[-1] == Note(message="rank 0 of 2")
+    assert joined[0].wait(60) == 0
+
+
+def test_nodes_need_a_place_to_meet(tmp_path, monkeypatch):
+    monkeypatch.delenv("PET_MASTER_ADDR", raising=False)
+    with pytest.raises(ChildError, match="set it to this node's address"):
+        run("rank", tmp_path, group=Group(nodes=2))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
