@@ -33,6 +33,7 @@ class DataParallel:
         self.module, self.optimizer = module, optimizer
         self._parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self._max_grad_norm = max_grad_norm
+        self.can_repeat = self.processes == 1  # others would wait
         self.skips_overflow = dtype == torch.float16
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.skips_overflow)
         if self.processes > 1:
@@ -61,6 +62,8 @@ class DataParallel:
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._max_grad_norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        if isinstance(self.module, DirectLoss):
+            self.module.refresh()
         torch._foreach_zero_(gradients)
         return norm
 

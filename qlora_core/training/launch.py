@@ -36,10 +36,10 @@ def train(
             f"{base.source} is quantized already ({base.quantization}); a base in full precision is needed, it is "
             "quantized while loading. Set `model` to the unquantized model"
         )
-    if recipe.strategy != "ddp" or recipe.nodes > 1:
+    if recipe.strategy == "zero3":
         raise TrainingError(
-            f"train.strategy is {recipe.strategy} with train.nodes {recipe.nodes}; what has been shown to work is "
-            "`strategy: ddp` on one node, with any number of processes"
+            "train.strategy is zero3, and a base in 4 bits is held whole by every process; use zero2, which divides "
+            "what is trained, or ddp"
         )
     if dataset.train_rows == 0:
         raise TrainingError("the data set has no training rows; lower data.split.evaluation_fraction or add rows")

@@ -109,7 +109,7 @@ class Loop:
         try:
             values = train_step(parallel, shares, int(self.work.rows.trained_tokens[chosen].sum()))
         except torch.OutOfMemoryError:
-            if parallel.processes > 1 or not self.batches.shrink():
+            if not parallel.can_repeat or not self.batches.shrink():
                 raise
         else:
             return Pending(step, rate, Later(values))

@@ -38,8 +38,8 @@ def build_loss(
 
 
 def _why_plain(model: PeftModel, spec: TrainSpec, longest_row_tokens: int, dtype: torch.dtype) -> str | None:
-    if spec.recipe.strategy != "ddp":
-        return f"strategy {spec.recipe.strategy} moves weights and gradients itself"
+    if spec.recipe.strategy == "zero3":
+        return "strategy zero3 divides weights among processes"
     if dtype == torch.float16:
         return "float16 needs a loss scale"
     return why_not(model, longest_row_tokens)

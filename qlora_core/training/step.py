@@ -55,6 +55,9 @@ class DirectLoss(Protocol):
     def loss_and_grads(self, batch: Any) -> torch.Tensor:
         """Sum of losses, 0-d, fp32; its gradient is added to every `parameter.grad`."""
 
+    def refresh(self) -> None:
+        """Take over changed parameters; after every update."""
+
 
 class BatchMaker(Protocol):
     """How a loss module wants its rows."""
@@ -88,6 +91,8 @@ class Parallel(Protocol):
     optimizer: torch.optim.Optimizer
     own_schedule: bool
     """Whether the strategy sets the learning rate itself."""
+    can_repeat: bool
+    """Whether nothing but `parameter.grad` is left of a step that failed before `update`."""
     skips_overflow: bool
     """Whether an update with an infinite gradient is skipped while fp16's loss scale is looked for."""
 

@@ -14,7 +14,6 @@ from qlora_core.modeling.lora import add_lora
 from qlora_core.modeling.tokenizer import load_tokenizer
 from qlora_core.training import checkpoint
 from qlora_core.training.data_parallel import DataParallel
-from qlora_core.training.engine.module import FusedLoss
 from qlora_core.training.loop import Loop, plan_work
 from qlora_core.training.losses import build_loss
 from qlora_core.training.noise import add_embedding_noise
@@ -43,8 +42,6 @@ def run(raw: dict[str, Any], report: Report) -> Adapter:
     work = plan_work(spec)
     module = build_loss(model, spec, work.rows, load_tokenizer(spec.base.path).pad_token_id, dtype, report)
     parallel = build_parallel(spec, accelerator, module, parameters, dtype, len(work.steps), report)
-    if isinstance(module, FusedLoss):
-        module.follow(parallel.optimizer)
     if saved.step:
         parallel.load_optimizer(saved.tensors, parameters, saved.step)
     loop = Loop(spec, work, module, parallel, parameters, peak, report)
@@ -78,7 +75,7 @@ def start_processes(spec: TrainSpec, device: torch.device, report: Report) -> Ac
         return Accelerator(cpu=device.type == "cpu", mixed_precision="no")
     from qlora_core.training.zero import zero_accelerator
 
-    return zero_accelerator(spec.recipe, report)
+    return zero_accelerator(spec.recipe, device, report)
 
 
 def adapted_model(spec: TrainSpec, device: torch.device, dtype: torch.dtype) -> PeftModel:

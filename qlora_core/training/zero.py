@@ -11,14 +11,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DeepSpeedPlugin, DummyScheduler
+from accelerate.utils import DeepSpeedPlugin, DummyScheduler, InitProcessGroupKwargs
 
 from qlora_core.errors import TrainingError
 from qlora_core.events import Note, Report
 from qlora_core.recipe import TrainRecipe
 from qlora_core.training.checkpoint import WEIGHT
+from qlora_core.training.hand_over import HandOver
 from qlora_core.training.optimizer import Parameters
-from qlora_core.training.step import Share
+from qlora_core.training.step import DirectLoss, Share
 
 STAGES = {"zero2": 2, "zero3": 3}
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -63,6 +64,8 @@ def zero_settings(recipe: TrainRecipe, report: Report) -> dict[str, Any]:
 class ZeroParallel:
     """A DeepSpeed engine behind the same few methods as `DataParallel`."""
 
+    can_repeat = False
+
     def __init__(
         self,
         accelerator: Accelerator,
@@ -78,6 +81,9 @@ class ZeroParallel:
             accelerator.device,
         )
         self.optimizer, self.skips_overflow = optimizer, False
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._direct = module if isinstance(module, DirectLoss) else None
+        self._gradients = HandOver(trained) if self._direct else None
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         self.own_schedule = "scheduler" in settings
         parts: list[Any] = [module, optimizer]
@@ -89,6 +95,8 @@ class ZeroParallel:
 
     def accumulate(self, share: Share, trained_tokens: int, last: bool) -> torch.Tensor:
         """See `Parallel`."""
+        if self._direct is not None:
+            return self._direct.loss_and_grads(share.batch) if share.counts else torch.zeros((), device=self.device)
         self.module.set_gradient_accumulation_boundary(last)
         loss_sum: torch.Tensor = self.module(share.batch.to(self.device)) * float(share.counts)
         # DeepSpeed averages gradients over processes, the step's mean is over tokens: undo the former
@@ -97,7 +105,12 @@ class ZeroParallel:
 
     def update(self, trained_tokens: int) -> torch.Tensor:
         """See `Parallel`."""
+        if self._gradients is not None:  # once a step, so that processes exchange nothing between micro-batches
+            self.module.set_gradient_accumulation_boundary(True)
+            self.module.backward(self._gradients.source() * self.processes / trained_tokens)
         self.module.step()
+        if self._direct is not None:
+            self._direct.refresh()
         return torch.as_tensor(self.module.get_global_grad_norm(), dtype=torch.float32, device=self.device)
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -149,7 +162,7 @@ class ZeroParallel:
             self.module.optimizer._lazy_init_hp_params_optimizer_state()
 
 
-def zero_accelerator(recipe: TrainRecipe, report: Report) -> Accelerator:
+def zero_accelerator(recipe: TrainRecipe, device: torch.device, report: Report) -> Accelerator:
     """Start the process group for DeepSpeed.
 
     Raises:
@@ -162,7 +175,22 @@ def zero_accelerator(recipe: TrainRecipe, report: Report) -> Accelerator:
             f"train.strategy is {recipe.strategy}, which needs DeepSpeed: pip install 'qlora-flows[deepspeed]', or set "
             "train.strategy to ddp"
         ) from None
-    return Accelerator(deepspeed_plugin=plugin)  # `cpu=True` would turn DeepSpeed off
+    if device.type != "cpu":
+        return Accelerator(deepspeed_plugin=plugin)
+    _compile_nothing()
+    # accelerate's own `cpu=True` would turn DeepSpeed off
+    return Accelerator(deepspeed_plugin=plugin, kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")])
+
+
+def _compile_nothing() -> None:
+    """Let processes on CPUs talk through gloo alone.
+
+    DeepSpeed would compile a helper for shared memory at its first start, for minutes, with a compiler that may not be
+    there; and a build that was cut off leaves a lock on which every later start waits.
+    """
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def _without_auto(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -43,11 +43,13 @@ class FlatAdapter:
         self.values = torch.empty(size, device=device, dtype=torch.float32)
         self.grads = torch.zeros(size, device=device, dtype=torch.float32)
         self._compute = torch.empty(size, device=device, dtype=dtype)
+        self._parameters, self._values = parameters, []
         views, at = [], 0
         for parameter in parameters:
             span, shape = slice(at, at + parameter.numel()), parameter.shape
             self.values[span].view(shape).copy_(parameter.data)
             parameter.data, parameter.grad = self.values[span].view(shape), self.grads[span].view(shape)
+            self._values.append(parameter.data)
             views.append((self._compute[span].view(shape), self.grads[span].view(shape)))
             at += parameter.numel()
         self.pairs = {
@@ -57,7 +59,12 @@ class FlatAdapter:
         self.refresh()
 
     def refresh(self) -> None:
-        """Bring the copy to compute with up to date; after every change of the parameters."""
+        """Bring the copy to compute with up to date; after every change of the parameters.
+
+        Who divides optimizer state among processes moves parameters into memory of its own; they are copied from there.
+        """
+        if self._parameters[0].data_ptr() != self.values.data_ptr():
+            torch._foreach_copy_(self._values, [parameter.detach() for parameter in self._parameters])
         self._compute[: self._border].copy_(self.values[: self._border])
         torch.mul(self.values[self._border :], self.scale, out=self._compute[self._border :])
 

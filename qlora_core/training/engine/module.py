@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from math import sqrt
-from typing import Any
 
 import numpy as np
 import torch
@@ -61,9 +60,9 @@ class FusedLoss(torch.nn.Module):
         """Rows to a pack; on CUDA filled up to one of few sizes, so that recorded passes can be used again."""
         return pack_rows(rows, fill_up=self.device.type == "cuda")
 
-    def follow(self, optimizer: torch.optim.Optimizer) -> None:
-        """Take over the parameters after every step of an optimizer."""
-        optimizer.register_step_post_hook(self._refresh)
+    def refresh(self) -> None:
+        """Take over the parameters after an optimizer has changed them."""
+        self.engine.refresh()
 
     def loss_and_grads(self, pack: Pack) -> torch.Tensor:
         """Sum of losses, 0-d, fp32; its gradient is added to every `parameter.grad`."""
@@ -81,6 +80,3 @@ class FusedLoss(torch.nn.Module):
         shape = len(pack.input_ids), self.engine.shape.hidden
         reach = self._neftune_alpha / sqrt(shape[0] * shape[1])
         return torch.empty(shape, device=self.device, dtype=self.engine.dtype).uniform_(-reach, reach)
-
-    def _refresh(self, *_: Any) -> None:
-        self.engine.refresh()

@@ -9,20 +9,16 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot, PreparedDataset
-from qlora_core.data.prepare import prepare
 from qlora_core.events import Metrics, Note, ignore
-from qlora_core.modeling.load import read_architecture
 from qlora_core.modeling.loss import collate
 from qlora_core.modeling.rows import TokenRows
-from qlora_core.recipe import DataRecipe, Lora, TrainRecipe
+from qlora_core.recipe import Lora, TrainRecipe
 from qlora_core.training.data_parallel import DataParallel
 from qlora_core.training.launch import train
 from qlora_core.training.plan import micro_batches
-from qlora_core.training.spec import TrainSpec
 from qlora_core.training.step import LossModule, Share, train_step
 from qlora_core.training.worker import adapted_model, run
-from tests.tiny import write_model, write_rows
+from tests.unit.training.conftest import losses, spec
 
 CPU = torch.device("cpu")
 RECIPE = TrainRecipe(
@@ -37,30 +33,8 @@ RECIPE = TrainRecipe(
 )
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory) -> ModelSnapshot:
-    path = write_model(tmp_path_factory.mktemp("base"))
-    return ModelSnapshot(path=path, source="tiny", revision="1", digest="b" * 64, architecture=read_architecture(path))
-
-
-@pytest.fixture(scope="module")
-def dataset(base, tmp_path_factory) -> PreparedDataset:
-    raw = tmp_path_factory.mktemp("raw")
-    path = write_rows(raw / "rows.json")
-    rows = (DataFile(name="rows.json", source="tiny", bytes=path.stat().st_size),)
-    recipe = DataRecipe.model_validate({"rows": [{"source": "local", "path": str(path)}], "seq_len_tokens": 64})
-    snapshot = DataSnapshot(path=raw, rows=rows)
-    made = prepare(recipe, 17, base, snapshot, tmp_path_factory.mktemp("prepared"), ignore)
-    return made.model_copy(update={"digest": "d" * 64})
-
-
 def train_here(base, dataset, into: Path, recipe: TrainRecipe = RECIPE, report=ignore):
-    spec = TrainSpec(recipe=recipe, seed=3, base=base, dataset=dataset, into=into)
-    return run(spec.model_dump(mode="json"), report)
-
-
-def losses(folder: Path) -> list[float]:
-    return [json.loads(line)["loss"] for line in (folder / "history.jsonl").read_text().splitlines()]
+    return run(spec(recipe, base, dataset, into).model_dump(mode="json"), report)
 
 
 def test_the_loss_falls_and_the_adapter_is_in_pefts_format(base, dataset, tmp_path):
@@ -98,11 +72,10 @@ def test_only_the_newest_checkpoints_are_kept(base, dataset, tmp_path):
 
 def test_the_gradient_does_not_depend_on_how_a_step_is_split(base, dataset, tmp_path):
     recipe = RECIPE.model_copy(update={"lora": Lora(rank=4, alpha=8)})
-    spec = TrainSpec(recipe=recipe, seed=3, base=base, dataset=dataset, into=tmp_path)
     rows, chosen = TokenRows(dataset.path / "train.arrow"), np.arange(8)
     moved, seen = [], []
     for size in (8, 3, 1):
-        model = adapted_model(spec, CPU, torch.float32)
+        model = adapted_model(spec(recipe, base, dataset, tmp_path), CPU, torch.float32)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         optimizer = torch.optim.SGD(trained.values(), lr=1.0)  # moves by the gradient itself
         before = {name: p.detach().clone() for name, p in trained.items()}

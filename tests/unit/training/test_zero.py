@@ -1,0 +1,90 @@
+"""ZeRO on two CPU processes: the same losses as one process has, whatever happens in between."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_core.errors import ChildError
+from qlora_core.events import Metrics, ignore
+from qlora_core.recipe import Lora, TrainRecipe
+from qlora_core.training.launch import train
+from qlora_core.training.schedule import learning_rate
+from qlora_core.training.worker import run
+from tests.unit.training.conftest import losses, spec
+
+ONE = TrainRecipe(
+    lora=Lora(rank=4, alpha=8),
+    epochs=10,
+    max_steps=8,
+    effective_batch_rows=8,
+    micro_batch_size=2,
+    learning_rate=1e-2,
+    max_grad_norm=0.5,
+    checkpoint_every_steps=2,
+    keep_checkpoints=4,
+    processes=1,
+)
+TOLERANCE = 1e-4
+END_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def one(base, dataset, tmp_path_factory) -> Path:
+    """An uninterrupted run of one process without ZeRO."""
+    into = tmp_path_factory.mktemp("one")
+    run(spec(ONE, base, dataset, into).model_dump(mode="json"), ignore)
+    assert len(losses(into)) == 8
+    return into
+
+
+def start_from(done: Path, step: int, into: Path) -> Path:
+    """A work directory as a run leaves it that was killed soon after `step`."""
+    name = f"step-{step:08d}"
+    shutil.copytree(done / "checkpoints" / name, into / "checkpoints" / name)
+    shutil.copy(done / "history.jsonl", into)
+    return into
+
+
+def kill_a_rank(at_step: int, killed: list[float]):
+    def report(event):
+        if isinstance(event, Metrics) and event.step == at_step:
+            ranks = [p for p in psutil.Process().children(recursive=True) if p.environ().get("RANK") == "1"]
+            os.kill(ranks[0].pid, signal.SIGKILL)
+            killed.append(time.monotonic())
+
+    return report
+
+
+def test_zero2_equals_one_process_through_a_kill_and_other_numbers_of_processes(one, base, dataset, tmp_path):
+    two = ONE.model_copy(update={"processes": 2, "strategy": "zero2"})
+    into, killed = start_from(one, 2, tmp_path / "two"), []
+    with pytest.raises(ChildError, match="SIGKILL"):
+        train(two, 3, base, dataset, into, kill_a_rank(5, killed))
+    assert time.monotonic() - killed[0] < END_S
+    assert not [p for p in psutil.Process().children(recursive=True) if "RANK" in p.environ()]
+
+    seen: list[Metrics] = []
+    adapter = train(two, 3, base, dataset, into, lambda e: seen.append(e) if isinstance(e, Metrics) else None)
+    assert [event.step for event in seen] == [5, 6, 7, 8], "rank 0 alone reports, from the last checkpoint on"
+    assert losses(into) == pytest.approx(losses(one), abs=TOLERANCE)
+    assert [e.values["learning_rate"] for e in seen] == [learning_rate(e.step, 8, ONE) for e in seen]
+    assert adapter.trainable_parameters == sum(t.numel() for t in load_file(one / "adapter_model.safetensors").values())
+    assert_same_adapter(into, one)
+
+    again = start_from(into, 6, tmp_path / "one again")
+    run(spec(ONE, base, dataset, again).model_dump(mode="json"), ignore)
+    assert losses(again) == pytest.approx(losses(one), abs=TOLERANCE)
+    assert_same_adapter(again, one)
+
+
+def assert_same_adapter(got: Path, expected: Path) -> None:
+    mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (got, expected))
+    assert mine.keys() == theirs.keys()
+    assert all(torch.allclose(mine[name], theirs[name], atol=1e-3) for name in theirs)
