@@ -50,14 +50,17 @@ def _fused(model: PeftModel, spec: TrainSpec, rows: TokenRows, dtype: torch.dtyp
     device = next(p.device for p in model.parameters() if p.requires_grad)
     available = _available_gib(device)
     longest, mean = int(rows.lengths.max()), float(rows.lengths.mean())
-    plan = plan_memory(
-        spec.base.architecture, recipe, longest, round(mean * recipe.effective_batch_rows), available, dtype.itemsize
-    )
+    step_tokens = round(mean * recipe.effective_batch_rows / _processes())
+    plan = plan_memory(spec.base.architecture, recipe, longest, step_tokens, available, dtype.itemsize)
     engine = Engine(model, dtype, plan.activation_memory)
     spare_bytes = (available - plan.estimate.total_gib) * USABLE * GIB
     kept = engine.keep_weights(max(0, int(min(spare_bytes, 2**62))), apart=device.type == "cpu")
     report(Note(message=_describe(plan, kept, len(engine.groups()))))
     return FusedLoss(model, engine, recipe.neftune_alpha, recipe.micro_batch_size, plan.capacity_tokens, report)
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _available_gib(device: torch.device) -> float:

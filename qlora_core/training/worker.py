@@ -23,7 +23,7 @@ from qlora_core.training.precision import training_dtype
 from qlora_core.training.spec import TrainSpec
 from qlora_core.training.step import Parallel
 from qlora_core.training.stopping import EVALUATION_LOSS, best_evaluation
-from qlora_core.training.throughput import practical_peak
+from qlora_core.training.throughput import peak_memory_gib, practical_peak
 
 
 def run(raw: dict[str, Any], report: Report) -> Adapter:
@@ -51,6 +51,7 @@ def run(raw: dict[str, Any], report: Report) -> Adapter:
     if spec.recipe.keep_best:
         kept, evaluation_loss = best_evaluation(history)
         report(Note(message=f"kept the adapter of step {kept}, with evaluation loss {evaluation_loss:.4f}"))
+    report(Note(message=_peaks(parallel)))
     if accelerator.is_main_process:
         if kept != history[-1].step:
             weights = checkpoint.load_best(spec.into / "checkpoints")
@@ -103,6 +104,12 @@ def build_parallel(
     from qlora_core.training.zero import ZeroParallel
 
     return ZeroParallel(accelerator, module, optimizer, spec.recipe, steps, report)
+
+
+def _peaks(parallel: Parallel) -> str:
+    each = torch.zeros(parallel.processes, device=parallel.device)
+    each[parallel.rank] = peak_memory_gib(parallel.device)
+    return f"peak memory of each process: {', '.join(f'{gib:.2f}' for gib in parallel.sum(each).tolist())} GiB"
 
 
 def _save_adapter(model: PeftModel, weights: checkpoint.Tensors, spec: TrainSpec) -> None:
