@@ -36,11 +36,6 @@ def train(
             f"{base.source} is quantized already ({base.quantization}); a base in full precision is needed, it is "
             "quantized while loading. Set `model` to the unquantized model"
         )
-    if recipe.strategy == "zero3":
-        raise TrainingError(
-            "train.strategy is zero3, and a base in 4 bits is held whole by every process; use zero2, which divides "
-            "what is trained, or ddp"
-        )
     if dataset.train_rows == 0:
         raise TrainingError("the data set has no training rows; lower data.split.evaluation_fraction or add rows")
     spec = TrainSpec(recipe=recipe, seed=seed, base=base, dataset=dataset, into=into)

@@ -31,10 +31,12 @@ def run(raw: dict[str, Any], report: Report) -> Adapter:
     spec = TrainSpec.model_validate(raw)
     device = pick_device()
     dtype = training_dtype(spec.recipe.precision, device, report)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    model = adapted_model(spec, device, dtype)  # first, since transformers quantizes nothing under ZeRO-3
     accelerator = start_processes(spec, device, report)
     peak = practical_peak(device, dtype)
     report(Note(message=_place(device, dtype, accelerator.num_processes, peak)))
-    model = adapted_model(spec, device, dtype)
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = checkpoint.newest(spec.into / "checkpoints", report)
     if saved.step:

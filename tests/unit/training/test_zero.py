@@ -11,12 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_core.errors import ChildError
+from qlora_core.errors import ChildError, TrainingError
 from qlora_core.events import Metrics, ignore
 from qlora_core.recipe import Lora, TrainRecipe
 from qlora_core.training.launch import train
 from qlora_core.training.schedule import learning_rate
 from qlora_core.training.worker import run
+from qlora_core.training.zero import zero_settings
 from tests.unit.training.conftest import losses, spec
 
 ONE = TrainRecipe(
@@ -88,3 +89,35 @@ def assert_same_adapter(got: Path, expected: Path) -> None:
     mine, theirs = (load_file(folder / "adapter_model.safetensors") for folder in (got, expected))
     assert mine.keys() == theirs.keys()
     assert all(torch.allclose(mine[name], theirs[name], atol=1e-3) for name in theirs)
+
+
+def test_zero3_divides_a_4_bit_base_and_loses_nothing(one, base, dataset, tmp_path):
+    divide_all = {
+        "zero_optimization": {"stage3_param_persistence_threshold": 0}
+    }  # else DeepSpeed keeps small ones whole
+    two = ONE.model_copy(update={"processes": 2, "strategy": "zero3", "deepspeed": divide_all})
+    into = start_from(one, 4, tmp_path / "two")
+    train(two, 3, base, dataset, into, ignore)
+    assert losses(into) == pytest.approx(losses(one), abs=TOLERANCE)
+    assert_same_adapter(into, one)
+
+
+def test_what_the_recipe_says_cannot_be_set_a_second_time():
+    notes: list[str] = []
+    own = {"gradient_clipping": 9, "zero_optimization": {"reduce_scatter": False, "stage": "auto"}}
+    recipe = ONE.model_copy(update={"strategy": "zero2", "deepspeed": own})
+    settings = zero_settings(recipe, lambda event: notes.append(event.message))
+    assert settings["gradient_clipping"] == ONE.max_grad_norm
+    assert settings["zero_optimization"] == {
+        "stage": 2,
+        "overlap_comm": True,
+        "contiguous_gradients": True,
+        "reduce_scatter": False,
+    }
+    assert notes == ["train.deepspeed: gradient_clipping left aside, the recipe's own keys decide that"]
+
+
+def test_settings_for_another_stage_are_refused():
+    recipe = ONE.model_copy(update={"strategy": "zero2", "deepspeed": {"zero_optimization": {"stage": 3}}})
+    with pytest.raises(TrainingError, match=r"ZeRO stage 3 and train\.strategy for zero2"):
+        zero_settings(recipe, ignore)
