@@ -6,6 +6,7 @@ from prefect.runtime import flow_run
 from qlora_core.recipe import Recipe
 from tasks.download_task import download
 from tasks.evaluate_task import evaluate
+from tasks.match_task import match
 from tasks.merge_task import merge
 from tasks.orphans import end_orphans
 from tasks.prepare_task import prepare
@@ -36,6 +37,8 @@ def retrain(recipe: Recipe, force: bool = False) -> Outcome | None:
     run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url)
     with tracker.final_status(run.parent_run_id):
         base = download(run).result()
+        if base.quantization is not None:
+            base = match(run, base).result()
         dataset = prepare(run, base).result()
         adapter = train.with_options(timeout_seconds=recipe.train.timeout_h * 3600)(run, base, dataset).result()
         merged = merge(run, base, adapter, dataset).result()

@@ -58,17 +58,33 @@ class ModelSnapshot(Artifact):
     quantization: str | None = None
     """`None` for full precision, else the kind: `gptq-int4`, `bnb-nf4`."""
     dtype: str = "float32"
+    twin: "Twin | None" = None
+    """Of a quantized model, once found and proven: the unquantized one, which adapters are merged into."""
+
+    @property
+    def merge_base(self) -> "ModelSnapshot":
+        """What adapters trained on this model are merged into: its twin, or itself when it is not quantized."""
+        return self.twin.model if self.twin else self
 
 
-class TwinProof(Record):
+class TwinProof(Artifact):
     """What was compared before a full-precision model was accepted as what a quantized one was made from."""
 
+    quantized_digest: str
+    twin_digest: str
     tensors: int
     quantized_tensors: int
     compared_values: int
     """Elements of norms and embeddings, which quantization leaves alone."""
     largest_relative_difference: float
     tokens: int
+
+
+class Twin(Record):
+    """The unquantized model that a quantized one was made from."""
+
+    model: ModelSnapshot
+    proof: TwinProof
 
 
 class DataFile(Record):

@@ -37,7 +37,7 @@ def evaluate(
         champion_digest = champion.tags.get("qlora.model_digest") if champion else None
 
         def produce(into: Path, _: Report) -> EvaluationReport:
-            base_scores = _scores(stage, base.path, base.digest, dataset)
+            base_scores = _scores(stage, base.merge_base.path, base.merge_base.digest, dataset)
             candidate = _scores(stage, merged.path / "model", merged.digest, dataset)
             rival = _champion_scores(stage, registry, champion, dataset)
             decision = decide(

@@ -36,6 +36,12 @@ def model_key(model: Resolved) -> str:
     return fingerprint("download-model", resolve.VERSION, {}, {"revision": model.revision, "name": model.name})
 
 
+def twin_key(quantized: ModelSnapshot, twin: ModelSnapshot) -> str:
+    """Of the proof that one model is the other without quantization."""
+    inputs = {"quantized": quantized.digest, "twin": twin.digest}
+    return fingerprint("match", resolve.TWIN_VERSION, {}, inputs)
+
+
 def data_key(rows: Sequence[Resolved], forgetting: Sequence[Resolved]) -> str:
     """Of the raw data files."""
     inputs = {
@@ -63,7 +69,9 @@ def train_key(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) -> 
 
 def merge_key(recipe: Recipe, base: ModelSnapshot, adapter: Adapter) -> str:
     """Of the merged model."""
-    return fingerprint("merge", merge.VERSION, recipe.merge, {"base": base.digest, "adapter": adapter.digest})
+    part = {"merge": recipe.merge, "trained_on": recipe.train.quantization}
+    inputs = {"base": base.merge_base.digest, "adapter": adapter.digest}
+    return fingerprint("merge", merge.VERSION, part, inputs)
 
 
 def export_key(kind: Kind, model_digest: str, dataset: PreparedDataset) -> str:

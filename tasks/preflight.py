@@ -3,16 +3,17 @@
 import shutil
 from pathlib import Path
 
-from qlora_core.artifacts import ModelSnapshot, PreparedDataset
+from qlora_core.artifacts import ModelSnapshot, PreparedDataset, Twin, TwinProof
 from qlora_core.data.prepare import inspect, prepare
 from qlora_core.errors import StoreError
 from qlora_core.evaluation.evaluate import check_metrics
 from qlora_core.events import Report
+from qlora_core.hub.resolve import prove_twin
 from qlora_core.recipe import LocalSource, Recipe
 from qlora_core.store import Store
-from tasks.keys import prepare_key
+from tasks.keys import prepare_key, twin_key
 from tasks.settings import Settings
-from tasks.sources import obtain_base, obtain_raw, resolve_base, resolve_data
+from tasks.sources import obtain_base, obtain_raw, obtain_twin, resolve_base, resolve_data, resolve_merge_base
 
 NEEDED_FREE_GB = 2.0
 
@@ -26,6 +27,7 @@ def preflight(recipe: Recipe, settings: Settings) -> None:
     check_metrics(recipe.evaluation, recipe.promotion.gates)
     _check_disk(settings.root)
     resolve_base(recipe, settings)
+    resolve_merge_base(recipe, settings)
     resolve_data(recipe, settings)
     for source in recipe.data.rows:
         if isinstance(source, LocalSource) and source.path.is_file():
@@ -34,7 +36,8 @@ def preflight(recipe: Recipe, settings: Settings) -> None:
 
 def prepared(recipe: Recipe, settings: Settings, report: Report) -> tuple[ModelSnapshot, PreparedDataset]:
     """The base model and the prepared rows, from the store or made now; a later flow reuses them."""
-    base, raw = obtain_base(recipe, settings, report), obtain_raw(recipe, settings, report)
+    base = _matched(recipe, obtain_base(recipe, settings, report), settings, report)
+    raw = obtain_raw(recipe, settings, report)
     store = Store(settings.store)
     dataset = store.obtain(
         PreparedDataset,
@@ -45,6 +48,21 @@ def prepared(recipe: Recipe, settings: Settings, report: Report) -> tuple[ModelS
         ),
     )
     return base, dataset
+
+
+def _matched(recipe: Recipe, base: ModelSnapshot, settings: Settings, report: Report) -> ModelSnapshot:
+    """The base, with its proven twin if it is quantized."""
+    if base.quantization is None:
+        return base
+    twin = obtain_twin(recipe, base, settings, report)
+    proof = Store(settings.store).obtain(
+        TwinProof,
+        "match",
+        twin_key(base, twin),
+        lambda into: prove_twin(base, twin, into, report),
+        keep=("proof.json",),
+    )
+    return base.model_copy(update={"twin": Twin(model=twin, proof=proof)})
 
 
 def _check_disk(root: Path) -> None:

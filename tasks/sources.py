@@ -2,7 +2,7 @@
 
 from qlora_core.artifacts import DataSnapshot, ModelSnapshot
 from qlora_core.events import Report
-from qlora_core.hub.resolve import Resolved, fetch_data, fetch_model, resolve
+from qlora_core.hub.resolve import Resolved, fetch_data, fetch_model, find_twin, resolve
 from qlora_core.recipe import Recipe
 from qlora_core.store import Store
 from tasks.keys import data_key, model_key
@@ -25,6 +25,28 @@ def obtain_base(recipe: Recipe, settings: Settings, report: Report) -> ModelSnap
     base, downloads = resolve_base(recipe, settings), settings.downloads_folder
     return Store(settings.store).obtain(
         ModelSnapshot, "download", model_key(base), lambda into: fetch_model(base, downloads, into, report)
+    )
+
+
+def resolve_merge_base(recipe: Recipe, settings: Settings) -> Resolved | None:
+    """The merge base that the recipe names, pinned; None when it names none."""
+    return recipe.merge_base and resolve(recipe.merge_base, "model", settings.downloads_folder)
+
+
+def resolve_twin(recipe: Recipe, base: ModelSnapshot, settings: Settings) -> Resolved:
+    """The unquantized model behind a quantized base, pinned; nothing is fetched or proven.
+
+    Raises:
+        SourceError: it was not found; the message says what to set.
+    """
+    return find_twin(resolve_base(recipe, settings), base, recipe.merge_base, settings.downloads_folder)
+
+
+def obtain_twin(recipe: Recipe, base: ModelSnapshot, settings: Settings, report: Report) -> ModelSnapshot:
+    """The unquantized model behind a quantized base, from the store or fetched now; not proven yet."""
+    twin, downloads = resolve_twin(recipe, base, settings), settings.downloads_folder
+    return Store(settings.store).obtain(
+        ModelSnapshot, "download", model_key(twin), lambda into: fetch_model(twin, downloads, into, report)
     )
 
 

@@ -1,12 +1,20 @@
 """Whether a retraining would change anything, found by walking fingerprints through the store, without any work."""
 
-from qlora_core.artifacts import Adapter, DataSnapshot, MergedModel, ModelSnapshot, PreparedDataset
+from qlora_core.artifacts import (
+    Adapter,
+    DataSnapshot,
+    MergedModel,
+    ModelSnapshot,
+    PreparedDataset,
+    Twin,
+    TwinProof,
+)
 from qlora_core.recipe import Recipe
 from qlora_core.store import Store
 from tasks import keys
 from tasks.registry import ModelRegistry, Version
 from tasks.settings import Settings
-from tasks.sources import resolve_base, resolve_data
+from tasks.sources import resolve_base, resolve_data, resolve_twin
 
 
 def settled(recipe: Recipe, settings: Settings) -> Version | None:
@@ -28,6 +36,10 @@ def _walk(recipe: Recipe, settings: Settings) -> tuple[MergedModel, PreparedData
     raw = store.find(DataSnapshot, "raw", keys.data_key(*resolve_data(recipe, settings)))
     if base is None or raw is None:
         return None
+    if base.quantization is not None:
+        base = _matched(recipe, base, settings, store)
+        if base is None:
+            return None
     dataset = store.find(PreparedDataset, "prepare", keys.prepare_key(recipe, base, raw))
     if dataset is None:
         return None
@@ -36,3 +48,10 @@ def _walk(recipe: Recipe, settings: Settings) -> tuple[MergedModel, PreparedData
         return None
     merged = store.find(MergedModel, "merge", keys.merge_key(recipe, base, adapter))
     return None if merged is None else (merged, dataset)
+
+
+def _matched(recipe: Recipe, base: ModelSnapshot, settings: Settings, store: Store) -> ModelSnapshot | None:
+    """The quantized base with the twin that it was proven to have, or None."""
+    twin = store.find(ModelSnapshot, "download", keys.model_key(resolve_twin(recipe, base, settings)))
+    proof = twin and store.find(TwinProof, "match", keys.twin_key(base, twin))
+    return base.model_copy(update={"twin": Twin(model=twin, proof=proof)}) if twin and proof else None

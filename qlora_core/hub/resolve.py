@@ -17,10 +17,13 @@ from qlora_core.hub.resolved import Files, Resolved, Role
 from qlora_core.hub.snapshot import SnapshotSpec, TwinSpec
 from qlora_core.process import run_child
 from qlora_core.recipe import LocalSource, Source
-from qlora_core.store import discard
+from qlora_core.store import discard, write_atomically
 
-VERSION = 2
+VERSION = 3
 """Of the model stage; raised when the same source gives other files than before."""
+
+TWIN_VERSION = 1
+"""Of the proof that two models are twins."""
 
 KINDS = {
     "package": "qlora_core.hub.package",
@@ -112,14 +115,16 @@ def find_twin(base: Resolved, snapshot: ModelSnapshot, merge_base: Source | None
     raise explain_no_twin(base, tried)
 
 
-def prove_twin(quantized: ModelSnapshot, twin: ModelSnapshot, work: Path, report: Report) -> TwinProof:
+def prove_twin(quantized: ModelSnapshot, twin: ModelSnapshot, into: Path, report: Report) -> TwinProof:
     """Compare architecture, tensor names, shapes, unquantized values and tokenizers, in a child process.
 
     Raises:
         SourceError: they differ; the message names the field, tensor or token and says what to set.
     """
     spec = TwinSpec(quantized=quantized, twin=twin)
-    return TwinProof.model_validate(run_child("qlora_core.hub.twin_proof:prove", spec, work, report))
+    proof = TwinProof.model_validate(run_child("qlora_core.hub.twin_proof:prove", spec, into / "child", report))
+    write_atomically(into / "proof.json", proof.model_dump_json(indent=1, exclude={"path"}))
+    return proof.model_copy(update={"path": into})
 
 
 def fetch_data(
@@ -192,4 +197,4 @@ def _kind_of(source: Source) -> _Kind:
     return kind
 
 
-__all__ = ["VERSION", "Resolved", "fetch_data", "fetch_model", "find_twin", "prove_twin", "resolve"]
+__all__ = ["TWIN_VERSION", "VERSION", "Resolved", "fetch_data", "fetch_model", "find_twin", "prove_twin", "resolve"]

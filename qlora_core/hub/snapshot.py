@@ -31,6 +31,7 @@ def build(spec: dict[str, Any], report: Report) -> ModelSnapshot:
     Raises:
         SourceError: it holds no model or tokenizer that transformers can load.
     """
+    from qlora_core.modeling.bases import adopt_auto_gptq, quantization_of
     from qlora_core.modeling.load import read_architecture
     from qlora_core.modeling.tokenizer import load_tokenizer
 
@@ -39,6 +40,7 @@ def build(spec: dict[str, Any], report: Report) -> ModelSnapshot:
         from qlora_core.hub.gguf_model import convert
 
         convert(asked.gguf, asked.into, report)
+    adopt_auto_gptq(asked.into)
     load_tokenizer(asked.into)
     config = json.loads((asked.into / "config.json").read_text())
     return ModelSnapshot(
@@ -46,25 +48,6 @@ def build(spec: dict[str, Any], report: Report) -> ModelSnapshot:
         source=asked.source,
         revision=asked.revision,
         architecture=read_architecture(asked.into),
-        quantization=quantization_of(config) or _auto_gptq(asked.into),
+        quantization=quantization_of(config),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
     )
-
-
-def _auto_gptq(folder: Path) -> str | None:
-    """Checkpoints that auto-gptq wrote may say how they are quantized in a file of their own."""
-    file = folder / "quantize_config.json"
-    return f"gptq-int{json.loads(file.read_text())['bits']}" if file.is_file() else None
-
-
-def quantization_of(config: dict[str, Any]) -> str | None:
-    """How the weights of a `config.json` are stored: `gptq-int4`, `bnb-nf4`, ..., or None for full precision."""
-    quantization = config.get("quantization_config")
-    if not quantization:
-        return None
-    method = quantization.get("quant_method", "unknown")
-    if method == "bitsandbytes":
-        return (
-            f"bnb-{quantization.get('bnb_4bit_quant_type', 'fp4')}" if quantization.get("load_in_4bit") else "bnb-int8"
-        )
-    return f"{method}-int{quantization['bits']}" if "bits" in quantization else str(method)

@@ -64,6 +64,9 @@ def prove(spec: dict[str, Any], report: Report) -> TwinProof:
     tokens = _same_tokenizer(asked, load_tokenizer(quantized), load_tokenizer(twin))
     report(Note(message=f"{asked.twin.source} is the unquantized twin: {len(right)} tensors, {tokens:,} tokens agree"))
     return TwinProof(
+        path=twin,
+        quantized_digest=asked.quantized.digest,
+        twin_digest=asked.twin.digest,
         tensors=len(right),
         quantized_tensors=len(layers),
         compared_values=compared,

@@ -34,12 +34,13 @@ def merge(
 
     Args:
         recipe: output dtype and shard size.
-        base: the unquantized model that the adapter was trained on.
+        base: the model that the adapter was trained on; when it is quantized, its proven twin is merged into.
         adapter: in PEFT's format.
         dataset: its held-out rows are what predictions are compared on.
         into: work directory of this merge alone.
         report: hears progress and notes.
-        trained_on: how the base was quantized while training; given, the loss in that form is measured as well.
+        trained_on: how a full-precision base was quantized while training; given, the loss of the adapter on the
+            model as it was trained on is measured as well.
 
     Returns:
         The merged model, its `path` still `into`; `KEEP` says which of the files there belong to it.
@@ -50,8 +51,17 @@ def merge(
         ChildError: the child was killed.
     """
     _refuse_another_base(base, adapter)
-    _refuse_quantized(base)
-    spec = MergeSpec(recipe=recipe, base=base, adapter=adapter, dataset=dataset, into=into, trained_on=trained_on)
+    _refuse_unproven_twin(base)
+    _refuse_quantized(base.merge_base)
+    spec = MergeSpec(
+        recipe=recipe,
+        base=base.merge_base,
+        trained=base,
+        adapter=adapter,
+        dataset=dataset,
+        into=into,
+        trained_on=trained_on,
+    )
     _own(into, spec)
     record = run_child(MERGE, spec, into / "child", report)
     seen = run_child(RELOAD, spec, into / "reload", report)
@@ -63,6 +73,17 @@ def _refuse_another_base(base: ModelSnapshot, adapter: Adapter) -> None:
         raise MergeError(
             f"the adapter was trained on the base with digest {adapter.base_digest[:12]} and not on {base.source} "
             f"with digest {base.digest[:12]}; merge it into the model that it was trained on"
+        )
+
+
+def _refuse_unproven_twin(base: ModelSnapshot) -> None:
+    if base.twin is None:
+        return
+    proof, digests = base.twin.proof, (base.digest, base.twin.model.digest)
+    if (proof.quantized_digest, proof.twin_digest) != digests:
+        raise MergeError(
+            f"the proof is of the models with digests {proof.quantized_digest[:12]} and {proof.twin_digest[:12]}, and "
+            f"{base.source} and {base.twin.model.source} have {digests[0][:12]} and {digests[1][:12]}; prove them anew"
         )
 
 

@@ -17,11 +17,23 @@ NOT_COPIED_NAMES = frozenset(
 )
 
 
-def write_serving_files(base: Path, model: Path, dtype: str | None) -> None:
-    """Copy the base's tokenizer, template, licence and code files, and write the configurations.
+TOKENIZER = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.*",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+)
+
+
+def write_serving_files(base: Path, trained: Path, model: Path, dtype: str | None) -> None:
+    """Copy the base's licence and code files and the tokenizer and template, and write the configurations.
 
     Args:
         base: the base's folder.
+        trained: the folder of the model that was trained on, whose tokenizer and template wrote the training rows.
         model: the merged model's folder.
         dtype: what the weights were cast to; None when they keep the base's.
     """
@@ -30,9 +42,19 @@ def write_serving_files(base: Path, model: Path, dtype: str | None) -> None:
         if file.is_file() and not _is_weights_or_ours(name):
             (model / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, model / name)
+    if trained != base:
+        _replace_tokenizer(trained, model)
     config = json.loads((base / CONFIG).read_text())
     _write(model / CONFIG, _with_dtype(config, dtype))
-    _write(model / GENERATION, _generation(base, config))
+    _write(model / GENERATION, _generation(base, model, config))
+
+
+def _replace_tokenizer(trained: Path, model: Path) -> None:
+    for pattern in TOKENIZER:
+        for file in model.glob(pattern):
+            file.unlink()
+        for file in trained.glob(pattern):
+            shutil.copyfile(file, model / file.name)
 
 
 def _is_weights_or_ours(name: Path) -> bool:
@@ -48,9 +70,9 @@ def _with_dtype(config: dict[str, Any], dtype: str | None) -> dict[str, Any]:
     return {**config, key: dtype}
 
 
-def _generation(base: Path, config: dict[str, Any]) -> dict[str, Any]:
+def _generation(base: Path, model: Path, config: dict[str, Any]) -> dict[str, Any]:
     """The base's generation settings, which stop at the end of a turn as well."""
-    tokenizer = load_tokenizer(base)
+    tokenizer = load_tokenizer(model)
     file = base / GENERATION
     settings = json.loads(file.read_text()) if file.is_file() else {"bos_token_id": config.get("bos_token_id")}
     known = settings.get("eos_token_id", config.get("eos_token_id"))

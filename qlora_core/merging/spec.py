@@ -5,7 +5,7 @@ from pathlib import Path
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset, Record
 from qlora_core.recipe import MergeRecipe, Quantization
 
-VERSION = 1
+VERSION = 2
 """Raised when merging makes something else from the same input."""
 
 MODEL = "model"
@@ -23,8 +23,11 @@ class MergeSpec(Record):
 
     recipe: MergeRecipe
     base: ModelSnapshot
+    """In full precision: what is merged into."""
+    trained: ModelSnapshot
+    """What the adapter was trained on: `base`, or the quantized model that it is the twin of."""
     adapter: Adapter
     dataset: PreparedDataset
     into: Path
     trained_on: Quantization | None = None
-    """How the base was held while the adapter was trained; None does not measure that loss."""
+    """How a full-precision base was held while the adapter was trained; None does not measure that loss."""

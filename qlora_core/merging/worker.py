@@ -22,7 +22,7 @@ from qlora_core.merging.spec import MODEL, PROOF, MergeSpec
 from qlora_core.merging.tensors import lay_out, read_folder, write_index
 from qlora_core.merging.write import write_shards
 from qlora_core.modeling.device import pick_device
-from qlora_core.modeling.load import load_full, load_quantized
+from qlora_core.modeling.load import load_base, load_full
 from qlora_core.modeling.rows import TokenRow
 from qlora_core.modeling.tokenizer import load_tokenizer, tokenizer_digest
 from qlora_core.store import discard
@@ -79,13 +79,13 @@ def write_model(task: MergeSpec, report: Report) -> tuple[TensorChange, ...]:
     shards = lay_out(base.values(), dtype and getattr(torch, dtype), task.recipe.max_shard_mb * MB, folder)
     differences = write_shards(shards, base, changes, threads, report)
     write_index(shards, folder)
-    write_serving_files(task.base.path, folder, dtype)
+    write_serving_files(task.base.path, task.trained.path, folder, dtype)
     check_places(shards, read_folder(folder))
     return accept(differences, changes.keys())
 
 
 def _check_vocabulary(task: MergeSpec) -> None:
-    tokenizer = load_tokenizer(task.base.path)
+    tokenizer = load_tokenizer(task.trained.path)
     found, wanted = tokenizer_digest(tokenizer), task.dataset.tokenizer_digest
     if found != wanted:
         raise MergeError(
@@ -116,7 +116,7 @@ def _compare_predictions(task: MergeSpec, probe: Sequence[TokenRow]) -> tuple[Ag
     check(agreement, getattr(torch, _stored_dtype(task)), device)
     losses = {"base_and_adapter": mean_loss(expected, probe), "merged": mean_loss(merged, probe)}
     if task.trained_on is not None:
-        trained = predict(with_adapter(load_quantized(task.base.path, device, task.trained_on), adapter), probe)
+        trained = predict(with_adapter(load_base(task.trained, device, task.trained_on), adapter), probe)
         losses = {"quantized_base_and_adapter": mean_loss(trained, probe), **losses}
     return agreement, {name: loss for name, loss in losses.items() if isfinite(loss)}
 

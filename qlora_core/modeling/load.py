@@ -4,11 +4,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from bitsandbytes.nn import Linear4bit
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 
-from qlora_core.artifacts import Architecture
+from qlora_core.artifacts import Architecture, ModelSnapshot
 from qlora_core.errors import SourceError
+from qlora_core.modeling.bases import GPTQ_BACKEND, require_kernels
 from qlora_core.modeling.device import compute_dtype
+from qlora_core.modeling.lora import IN_BLOCK
 from qlora_core.recipe import Quantization
 
 
@@ -17,26 +20,65 @@ def load_full(path: Path, device: torch.device, dtype: torch.dtype | None = None
     return _load(path, device, dtype or compute_dtype(device))
 
 
-def load_quantized(
-    path: Path, device: torch.device, quantization: Quantization, dtype: torch.dtype | None = None
+def load_base(
+    snapshot: ModelSnapshot, device: torch.device, quantization: Quantization, dtype: torch.dtype | None = None
 ) -> PreTrainedModel:
-    """The model with its linear layers in 4 bits and everything else in `dtype` (by default what
-    the device computes in), frozen.
+    """The model as adapters are trained on it: linear layers in 4 or 8 bits, the rest in the compute dtype, frozen.
 
     Nothing is upcast: norms, embeddings and head stay in `dtype`, which trains as well as the fp32 copies
     that `peft.prepare_model_for_kbit_training` makes and needs far less memory.
+
+    Args:
+        snapshot: any row of `bases.TRAINABLE`.
+        device: where to.
+        quantization: how a base in full precision is quantized while loading; one that is quantized already stays as
+            it is stored.
+        dtype: of matrix products and of what is not quantized; by default what the device computes in.
+
+    Raises:
+        SourceError: adapters cannot be trained on it, or its kernels are not installed.
     """
+    require_kernels(snapshot.quantization, snapshot.source)
     dtype = dtype or compute_dtype(device)
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quantization.kind,
-        bnb_4bit_use_double_quant=quantization.double,
-        bnb_4bit_compute_dtype=dtype,
-    )
-    model = _load(path, device, dtype, quantization_config=config)
+    options = _quantizing(snapshot.quantization, quantization, dtype)
+    model = _load(snapshot.path, device, dtype, **options)
+    for module in model.modules():
+        _make_trainable(module, dtype)
     model.requires_grad_(False)
     model.config.use_cache = False
     return model
+
+
+def _make_trainable(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Undo what a layer remembers of the machine that stored it, or would decide by its first forward pass."""
+    if isinstance(module, Linear4bit):
+        module.compute_dtype = dtype
+        module.compute_type_is_set = True
+    if hasattr(module, "linear_mode"):
+        # GPTQModel's CPU kernel stays without gradients for good when its first pass is one without
+        module.linear_mode = "train"
+
+
+def kernel_of(model: torch.nn.Module) -> str:
+    """Class name of the quantized linear layers, for the log: `Linear4bit`, `TritonV2Linear`."""
+    names = [type(module).__name__ for name, module in model.named_modules() if IN_BLOCK.search(name)]
+    return next((name for name in names if "Linear" in name and name != "Linear"), "Linear")
+
+
+def _quantizing(stored: str | None, wanted: Quantization, dtype: torch.dtype) -> dict[str, Any]:
+    """What `from_pretrained` has to be told about the quantization of a base."""
+    if stored is None:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=wanted.kind,
+            bnb_4bit_use_double_quant=wanted.double,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        return {"quantization_config": config}
+    if stored.startswith("gptq-int"):
+        bits = int(stored.removeprefix("gptq-int"))
+        return {"quantization_config": GPTQConfig(bits=bits, backend=GPTQ_BACKEND)}
+    return {}
 
 
 def read_architecture(path: Path) -> Architecture:

@@ -1,11 +1,17 @@
 """Put a LoRA adapter on a model through PEFT."""
 
+import re
+
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import PreTrainedModel
 
 from qlora_core.errors import TrainingError
 from qlora_core.recipe import Lora
+
+
+IN_BLOCK = re.compile(r"\.\d+\.")
+"""A module inside a numbered block: `model.layers.3.mlp.up_proj`, `transformer.h.3.attn.c_attn`."""
 
 
 def add_lora(model: PreTrainedModel, lora: Lora) -> PeftModel:
@@ -40,7 +46,7 @@ def target_modules(model: torch.nn.Module, wanted: str | tuple[str, ...]) -> set
     found = {
         name.rpartition(".")[2]
         for name, module in model.named_modules()
-        if ".layers." in f".{name}." and "Linear" in type(module).__name__
+        if IN_BLOCK.search(name) and "Linear" in type(module).__name__
     }
     if wanted == "all-linear":
         return found

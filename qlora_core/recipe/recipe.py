@@ -24,15 +24,18 @@ class Recipe(Part):
     """Name of the registered model and of the MLflow experiment."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 17
     model: Source
+    """What is trained on; in full precision (quantized while loading), or quantized already."""
+    merge_base: Source | None = None
+    """The unquantized model that a quantized `model` was made from; `null` looks for it by its card and name."""
     data: DataRecipe
     train: TrainRecipe = TrainRecipe()
     merge: MergeRecipe = MergeRecipe()
     evaluation: EvaluationRecipe = EvaluationRecipe()
     promotion: PromotionRecipe = PromotionRecipe()
 
-    @field_validator("model")
+    @field_validator("model", "merge_base")
     @classmethod
-    def _a_model_is_a_whole_repository(cls, source: Source) -> Source:
+    def _a_model_is_a_whole_repository(cls, source: Source | None) -> Source | None:
         if isinstance(source, HubSource) and source.file is not None:
             raise PydanticCustomError("model_file", "`file` is for data; a model is taken whole, remove the key")
         return source
@@ -137,8 +140,10 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
             "forgetting": tuple(absolute(s) for s in recipe.data.forgetting),
         }
     )
+    merge_base = recipe.merge_base and absolute(recipe.merge_base)
     train = recipe.train.model_copy(update={"deepspeed": _deepspeed(recipe.train.deepspeed, folder)})
-    return recipe.model_copy(update={"model": absolute(recipe.model), "data": data, "train": train})
+    updated = {"model": absolute(recipe.model), "merge_base": merge_base, "data": data, "train": train}
+    return recipe.model_copy(update=updated)
 
 
 def _deepspeed(settings: dict[str, Any] | Path | None, folder: Path) -> dict[str, Any] | None:

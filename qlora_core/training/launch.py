@@ -5,6 +5,7 @@ from pathlib import Path
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
 from qlora_core.errors import TrainingError
 from qlora_core.events import Report
+from qlora_core.modeling.bases import require_kernels
 from qlora_core.process import Group, run_child
 from qlora_core.recipe import TrainRecipe
 from qlora_core.training.spec import TrainSpec
@@ -22,19 +23,21 @@ def train(
     Args:
         recipe: how to train.
         seed: of row order, adapter initialization and dropout.
-        base: the model to adapt, quantized while loading.
+        base: the model to adapt; quantized while loading unless it is already.
         dataset: tokens and loss masks.
         into: work directory; checkpoints live there until the artifact is committed.
         report: hears metrics of every optimizer step and progress.
 
     Raises:
+        SourceError: adapters cannot be trained on a base of this kind.
         TrainingError: nothing can be trained, or training diverged.
         ChildError: a process died; the next call resumes.
     """
-    if base.quantization is not None:
+    require_kernels(base.quantization, base.source)
+    if recipe.strategy == "zero3" and str(base.quantization).startswith("gptq"):
         raise TrainingError(
-            f"{base.source} is quantized already ({base.quantization}); a base in full precision is needed, it is "
-            "quantized while loading. Set `model` to the unquantized model"
+            f"train.strategy is zero3, and GPTQ weights ({base.source}) are held whole by every process; use zero2, "
+            "which divides what is trained, or ddp"
         )
     if dataset.train_rows == 0:
         raise TrainingError("the data set has no training rows; lower data.split.evaluation_fraction or add rows")

@@ -9,7 +9,7 @@ from peft import PeftModel
 from qlora_core.artifacts import Adapter
 from qlora_core.events import Note, Report
 from qlora_core.modeling.device import name_of, pick_device
-from qlora_core.modeling.load import load_quantized
+from qlora_core.modeling.load import kernel_of, load_base
 from qlora_core.modeling.lora import add_lora
 from qlora_core.modeling.tokenizer import load_tokenizer
 from qlora_core.training import checkpoint
@@ -83,7 +83,7 @@ def start_processes(spec: TrainSpec, device: torch.device, report: Report) -> Ac
 
 def adapted_model(spec: TrainSpec, device: torch.device, dtype: torch.dtype) -> PeftModel:
     """The quantized base with a fresh adapter, the same for every process and every start."""
-    model = load_quantized(spec.base.path, device, spec.recipe.quantization, dtype)
+    model = load_base(spec.base, device, spec.recipe.quantization, dtype)
     if spec.recipe.neftune_alpha:
         add_embedding_noise(model, spec.recipe.neftune_alpha)
     torch.manual_seed(spec.seed)

@@ -12,7 +12,7 @@ from qlora_core.errors import SourceError
 from qlora_core.events import Note, ignore
 from qlora_core.hub.gguf_model import convert
 from qlora_core.hub.resolve import fetch_data, fetch_model, resolve
-from qlora_core.hub.snapshot import quantization_of
+from qlora_core.modeling.bases import quantization_of
 from qlora_core.recipe import LocalSource
 
 

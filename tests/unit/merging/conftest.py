@@ -163,6 +163,7 @@ def make_case(tmp_path: Path) -> Callable[..., MergeSpec]:
         return MergeSpec(
             recipe=MergeRecipe(**(merge or {})),
             base=base,
+            trained=base,
             adapter=save_adapter(model, tmp_path / "adapter", LoraConfig(**settings)),
             dataset=save_rows(tmp_path / "data", base.path),
             into=tmp_path / "into",

@@ -71,7 +71,7 @@ def test_code_template_and_licence_travel_and_weights_do_not(
     for name in ("modeling_own.py", "pytorch_model.bin", "manifest.json"):
         (case.base.path / name).write_text("#")
     (tmp_path / "out").mkdir()
-    write_serving_files(case.base.path, tmp_path / "out", None)
+    write_serving_files(case.base.path, case.base.path, tmp_path / "out", None)
     names = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"modeling_own.py", "LICENSE", "tokenizer.json", "tokenizer_config.json"} <= names
     assert not names & {"pytorch_model.bin", "manifest.json", "model.safetensors"}
