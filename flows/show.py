@@ -104,6 +104,11 @@ def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) ->
     console.print(f"[bold]{recipe.name}[/] is ready to run.\n")
     facts = base.architecture
     console.print(f"model     {facts.model_type}, {facts.parameters / 1e6:,.1f}M parameters, {base.source}")
+    for model in (base, base.twin.model) if base.twin else (base,):
+        for name in model.code:
+            console.print(f"code      [bold yellow]{model.path / name}[/] runs when the model is loaded")
+    if base.twin is not None:
+        console.print(f"merges    into {base.merge_base.source}: {base.twin.proof.tensors} tensors proven to match")
     console.print(
         f"rows      {dataset.train_rows:,} to train on, {dataset.evaluation_rows:,} to evaluate on, longest "
         f"{dataset.longest_row_tokens:,} tokens"

@@ -58,6 +58,8 @@ class ModelSnapshot(Artifact):
     quantization: str | None = None
     """`None` for full precision, else the kind: `gptq-int4`, `bnb-nf4`."""
     dtype: str = "float32"
+    code: tuple[str, ...] = ()
+    """Python files that the model brings along and that run when it is loaded; empty unless the recipe trusts them."""
     twin: "Twin | None" = None
     """Of a quantized model, once found and proven: the unquantized one, which adapters are merged into."""
 

@@ -33,7 +33,9 @@ HOW_NOT_WHAT = {
 
 def model_key(model: Resolved) -> str:
     """Of a base model on disk."""
-    return fingerprint("download-model", resolve.VERSION, {}, {"revision": model.revision, "name": model.name})
+    code = getattr(model.source, "trust_remote_code", False)
+    part = {"trust_remote_code": True} if code else {}
+    return fingerprint("download-model", resolve.VERSION, part, {"revision": model.revision, "name": model.name})
 
 
 def twin_key(quantized: ModelSnapshot, twin: ModelSnapshot) -> str:

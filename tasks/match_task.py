@@ -1,4 +1,4 @@
-"""Match: the unquantized twin of a quantized base, which adapters are merged into; proven before anything is trained."""
+"""Match: the unquantized twin of a quantized base, proven before anything is trained; adapters are merged into it."""
 
 from prefect import State, task
 from prefect.states import Completed

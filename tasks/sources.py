@@ -30,7 +30,8 @@ def obtain_base(recipe: Recipe, settings: Settings, report: Report) -> ModelSnap
 
 def resolve_merge_base(recipe: Recipe, settings: Settings) -> Resolved | None:
     """The merge base that the recipe names, pinned; None when it names none."""
-    return recipe.merge_base and resolve(recipe.merge_base, "model", settings.downloads_folder)
+    source = recipe.merge_base
+    return None if source is None else resolve(source, "model", settings.downloads_folder)
 
 
 def resolve_twin(recipe: Recipe, base: ModelSnapshot, settings: Settings) -> Resolved:

@@ -33,7 +33,7 @@ def quantize_with_gptqmodel(model: Path, into: Path, bits: int = 4) -> Path:
 
 
 def quantize_like_auto_gptq(model: Path, into: Path, bits: int = 4) -> Path:
-    """Round-to-nearest weights in format v1: symmetric, zero points stored minus one, settings in a file of their own."""
+    """Round-to-nearest weights in format v1: zero points stored minus one, settings in a file of their own."""
     shutil.copytree(model, into)
     tensors = load_file(into / "model.safetensors")
     (into / "model.safetensors").unlink()

@@ -7,6 +7,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot, PreparedDataset
+from qlora_core.events import ignore
+from qlora_core.recipe import DataRecipe
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -48,6 +52,20 @@ def write_rows(path: Path, count: int = 72) -> Path:
     ]
     path.write_text(json.dumps(rows))
     return path
+
+
+def prepare_rows(base: ModelSnapshot, folder: Path) -> PreparedDataset:
+    """The rows, tokenized for a model."""
+    from qlora_core.data.prepare import prepare
+
+    for part in ("raw", "prepared"):
+        (folder / part).mkdir(parents=True)
+    path = write_rows(folder / "raw" / "rows.json")
+    rows = (DataFile(name="rows.json", source="tiny", bytes=path.stat().st_size),)
+    recipe = DataRecipe.model_validate({"rows": [{"source": "local", "path": str(path)}], "seq_len_tokens": 128})
+    snapshot = DataSnapshot(path=folder / "raw", rows=rows)
+    made = prepare(recipe, 17, base, snapshot, folder / "prepared", ignore)
+    return made.model_copy(update={"digest": "d" * 64})
 
 
 def write_recipe(folder: Path, **replaced: object) -> Path:

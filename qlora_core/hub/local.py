@@ -22,10 +22,14 @@ def resolve(source: LocalSource, role: Role, downloads: Path) -> Resolved:
         near = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
         hint = f"that folder holds {', '.join(near)}" if near else f"the folder {path.parent} does not exist either"
         raise SourceError(f"path: {path} does not exist; {hint}. A relative path starts at the recipe's folder")
-    files = _model(path) if role == "model" else _data(path)
-    return Resolved(
-        source=source, description=f"local {path}", revision=digest_of_files(files, downloads), name=path.name
-    )
+    files = _model(source) if role == "model" else _data(path)
+    revision = digest_of_files(files, downloads)
+    if source.revision not in (None, revision):
+        raise SourceError(
+            f"{path} has the content {revision}, not {source.revision} as `revision` pins; look at what changed in "
+            "it, then pin the new content or bring back the old"
+        )
+    return Resolved(source=source, description=f"local {path}", revision=revision, name=path.name)
 
 
 def model_files(source: LocalSource, resolved: Resolved, downloads: Path, scratch: Path, report: Report) -> Files:
@@ -34,7 +38,7 @@ def model_files(source: LocalSource, resolved: Resolved, downloads: Path, scratc
     Raises:
         SourceError: it is no model, or has changed since it was resolved.
     """
-    return _unchanged(_model(source.path), resolved, downloads)
+    return _unchanged(_model(source), resolved, downloads)
 
 
 def data_files(source: LocalSource, resolved: Resolved, downloads: Path, scratch: Path, report: Report) -> Files:
@@ -50,12 +54,13 @@ def _is_model(path: Path) -> bool:
     return path.suffix == ".gguf" if path.is_file() else (path / "config.json").is_file()
 
 
-def _model(path: Path) -> Files:
+def _model(source: LocalSource) -> Files:
+    path = source.path
     if not _is_model(path):
         raise SourceError(f"{path} is no model; it must be a folder with a config.json, or a .gguf file")
     if path.is_file():
         return {path.name: path}
-    names = select_model_files(_names(path), str(path))
+    names = select_model_files(_names(path), str(path), source.trust_remote_code)
     index = path / "model.safetensors.index.json"
     if index.is_file() and "model.safetensors" not in names:
         missing = sorted(set(json.loads(index.read_text())["weight_map"].values()) - set(names))

@@ -26,9 +26,9 @@ from modelscope_hub.errors import (
 from qlora_core.errors import SourceError, SourceUnavailableError
 from qlora_core.events import Progress, Report
 from qlora_core.hub.network import BusyError, patiently
-from qlora_core.hub.repository import COMMIT, RemoteFile, explain_absence, explain_refusal
+from qlora_core.hub.repository import RemoteFile, explain_absence, explain_refusal
 from qlora_core.hub.resolved import Role
-from qlora_core.recipe import HubSource
+from qlora_core.recipe import COMMIT, HubSource
 
 REPO_TYPES = {"model": "model", "data": "dataset"}
 DEFAULT_BRANCH = "master"

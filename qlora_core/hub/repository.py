@@ -13,7 +13,6 @@ import hashlib
 import importlib
 import json
 import os
-import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -27,10 +26,9 @@ from qlora_core.hub.disk import hash_files, require_space
 from qlora_core.hub.network import is_offline
 from qlora_core.hub.resolved import Files, Resolved, Role
 from qlora_core.hub.select import select_data_files, select_model_files
-from qlora_core.recipe import HubSource
+from qlora_core.recipe import COMMIT, HubSource
 from qlora_core.store import write_atomically
 
-COMMIT = re.compile(r"^[0-9a-f]{40}$")
 HUBS = {"huggingface": "qlora_core.hub.huggingface", "modelscope": "qlora_core.hub.modelscope"}
 DEFAULT_REVISION = "the default branch"
 
@@ -110,7 +108,7 @@ def model_files(source: HubSource, resolved: Resolved, downloads: Path, scratch:
         SourceUnavailableError: the hub broke off too often.
     """
     tree = _tree(source, "model", resolved.revision, downloads)
-    names = select_model_files(tree, f"{source.repo} on {source.source}")
+    names = select_model_files(tree, f"{source.repo} on {source.source}", source.trust_remote_code)
     return _fetch(source, "model", resolved.revision, [tree[name] for name in names], downloads, report)
 
 

@@ -26,11 +26,16 @@ DATA_SUFFIXES = (".json", ".jsonl", ".ndjson", ".parquet", ".csv", ".txt")
 COMPRESSIONS = (".gz", ".zst")
 
 
-def select_model_files(names: Iterable[str], where: str) -> list[str]:
+def select_model_files(names: Iterable[str], where: str, code: bool = False) -> list[str]:
     """Names of the files that transformers loads a model and its tokenizer from, at the top level of `names`.
 
     Repositories often hold the weights several times (as pickles, for other frameworks, as one consolidated file);
     only the first of these sets is taken: model.safetensors, its shards, a GPTQ file.
+
+    Args:
+        names: of all files.
+        where: what to call the place in an error.
+        code: whether the model's own Python files are trusted and wanted.
 
     Raises:
         SourceError: there are no safetensors, or no config.json.
@@ -41,7 +46,8 @@ def select_model_files(names: Iterable[str], where: str) -> list[str]:
         _explain_missing_weights(top, where)
     if "config.json" not in top:
         raise SourceError(f"{where} has weights but no config.json, so it is no model that transformers can load")
-    return weights + [name for name in top if _matches(name, BESIDE_WEIGHTS) and not _matches(name, NEVER)]
+    beside = (*BESIDE_WEIGHTS, "*.py") if code else BESIDE_WEIGHTS
+    return weights + [name for name in top if _matches(name, beside) and not _matches(name, NEVER)]
 
 
 def select_data_files(names: Iterable[str], where: str) -> list[str]:

@@ -33,6 +33,7 @@ def build(spec: dict[str, Any], report: Report) -> ModelSnapshot:
     """
     from qlora_core.modeling.bases import adopt_auto_gptq, quantization_of
     from qlora_core.modeling.load import read_architecture
+    from qlora_core.modeling.remote_code import code_files, refuse_code_elsewhere
     from qlora_core.modeling.tokenizer import load_tokenizer
 
     asked = SnapshotSpec.model_validate(spec)
@@ -40,6 +41,7 @@ def build(spec: dict[str, Any], report: Report) -> ModelSnapshot:
         from qlora_core.hub.gguf_model import convert
 
         convert(asked.gguf, asked.into, report)
+    refuse_code_elsewhere(asked.into)
     adopt_auto_gptq(asked.into)
     load_tokenizer(asked.into)
     config = json.loads((asked.into / "config.json").read_text())
@@ -49,5 +51,6 @@ def build(spec: dict[str, Any], report: Report) -> ModelSnapshot:
         revision=asked.revision,
         architecture=read_architecture(asked.into),
         quantization=quantization_of(config),
+        code=code_files(asked.into),
         dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
     )

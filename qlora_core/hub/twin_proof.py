@@ -18,6 +18,7 @@ from qlora_core.artifacts import ModelSnapshot, TwinProof
 from qlora_core.errors import SourceError
 from qlora_core.events import Note, Report
 from qlora_core.hub.snapshot import TwinSpec
+from qlora_core.modeling.remote_code import may_run_code
 from qlora_core.modeling.tokenizer import load_tokenizer
 
 WHAT_TO_DO = "set `merge_base` to the unquantized model that it was made from"
@@ -58,7 +59,7 @@ def prove(spec: dict[str, Any], report: Report) -> TwinProof:
     _same_architecture(asked)
     with ExitStack() as stack:
         left, right = _Tensors(quantized, stack), _Tensors(twin, stack)
-        tied = bool(AutoConfig.from_pretrained(twin).tie_word_embeddings)
+        tied = asked.twin.architecture.tied_embeddings
         layers = _same_shapes(asked, left, right, tied)
         compared, largest = _same_values(asked, left, right, layers)
     tokens = _same_tokenizer(asked, load_tokenizer(quantized), load_tokenizer(twin))
@@ -81,7 +82,10 @@ def _mismatch(asked: TwinSpec, what: str) -> SourceError:
 
 
 def _same_architecture(asked: TwinSpec) -> None:
-    left, right = (AutoConfig.from_pretrained(snapshot.path) for snapshot in (asked.quantized, asked.twin))
+    left, right = (
+        AutoConfig.from_pretrained(snapshot.path, trust_remote_code=may_run_code(snapshot.path))
+        for snapshot in (asked.quantized, asked.twin)
+    )
     for key in SAME_ARCHITECTURE:
         here, there = getattr(left, key, None), getattr(right, key, None)
         if here != there:

@@ -10,6 +10,7 @@ from qlora_core.errors import MergeError
 from qlora_core.events import Report
 from qlora_core.merging.spec import MODEL, MergeSpec
 from qlora_core.modeling.device import compute_dtype, pick_device
+from qlora_core.modeling.remote_code import may_run_code
 from qlora_core.modeling.rows import PromptRow, read_prompts
 from qlora_core.modeling.tokenizer import end_of_turn_id
 
@@ -37,12 +38,16 @@ def work(spec: dict[str, Any], report: Report) -> Answers:
     task = MergeSpec.model_validate(spec)
     folder, device = task.into / MODEL, pick_device()
     model, loading = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=compute_dtype(device), device_map={"": device}, output_loading_info=True
+        folder,
+        dtype=compute_dtype(device),
+        device_map={"": device},
+        output_loading_info=True,
+        trust_remote_code=may_run_code(folder),
     )
     wrong = {what: sorted(map(str, names)) for what, names in loading.items() if names}
     if wrong:
         raise MergeError(f"proof of the merge: plain transformers does not load {folder} whole: {wrong}")
-    turn_end = end_of_turn_id(AutoTokenizer.from_pretrained(folder))
+    turn_end = end_of_turn_id(AutoTokenizer.from_pretrained(folder, trust_remote_code=may_run_code(folder)))
     _stops_at(turn_end, model)
     rows = read_prompts(task.dataset.path / "prompts.arrow")[:QUESTIONS]
     stopped = [_answer(model, row, turn_end) for row in rows]

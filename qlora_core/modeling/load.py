@@ -12,6 +12,7 @@ from qlora_core.errors import SourceError
 from qlora_core.modeling.bases import GPTQ_BACKEND, require_kernels
 from qlora_core.modeling.device import compute_dtype
 from qlora_core.modeling.lora import IN_BLOCK
+from qlora_core.modeling.remote_code import may_run_code, needs_code
 from qlora_core.recipe import Quantization
 
 
@@ -56,12 +57,13 @@ def _make_trainable(module: torch.nn.Module, dtype: torch.dtype) -> None:
         module.compute_type_is_set = True
     if hasattr(module, "linear_mode"):
         # GPTQModel's CPU kernel stays without gradients for good when its first pass is one without
-        module.linear_mode = "train"
+        module.linear_mode = "train"  # type: ignore[assignment]
 
 
 def kernel_of(model: torch.nn.Module) -> str:
     """Class name of the quantized linear layers, for the log: `Linear4bit`, `TritonV2Linear`."""
-    names = [type(module).__name__ for name, module in model.named_modules() if IN_BLOCK.search(name)]
+    modules = [module for name, module in model.named_modules() if IN_BLOCK.search(name)]
+    names = [type(module).__name__ for module in modules if not hasattr(module, "lora_A")]
     return next((name for name in names if "Linear" in name and name != "Linear"), "Linear")
 
 
@@ -88,9 +90,11 @@ def read_architecture(path: Path) -> Architecture:
         SourceError: the folder holds no causal language model that transformers knows.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=may_run_code(path))
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path} is not a model folder that transformers can read: {error}") from None
+        raise SourceError(
+            f"{path} is not a model folder that transformers can read: {error}{needs_code(path)}"
+        ) from None
     tied = bool(getattr(config, "tie_word_embeddings", False))
     return Architecture(
         model_type=config.model_type,
@@ -125,7 +129,7 @@ def _load(path: Path, device: torch.device, dtype: torch.dtype, **options: Any) 
         dtype=dtype,
         device_map={"": device},
         attn_implementation="sdpa",
-        trust_remote_code=False,
+        trust_remote_code=may_run_code(path),
         use_safetensors=True,
         **options,
     )

@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 from qlora_core.errors import TrainingError
 from qlora_core.recipe import Lora
 
-
 IN_BLOCK = re.compile(r"\.\d+\.")
 """A module inside a numbered block: `model.layers.3.mlp.up_proj`, `transformer.h.3.attn.c_attn`."""
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qlora_core.errors import SourceError
+from qlora_core.modeling.remote_code import may_run_code, needs_code
 from qlora_core.store import sha256_of_json
 
 _ANSWER = "An answer."
@@ -18,9 +19,9 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
         SourceError: there is none, or only a slow one, which cannot say where its tokens stand in the text.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=may_run_code(path))
     except (OSError, ValueError) as error:
-        raise SourceError(f"{path} holds no tokenizer that transformers can read: {error}") from None
+        raise SourceError(f"{path} holds no tokenizer that transformers can read: {error}{needs_code(path)}") from None
     if not tokenizer.is_fast:
         raise SourceError(f"{path} holds a slow tokenizer; a tokenizer.json is needed, convert it with transformers")
     tokenizer.padding_side = "right"

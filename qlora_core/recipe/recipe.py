@@ -132,7 +132,7 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
     """Make local paths absolute, starting at the recipe's own folder."""
 
     def absolute(source: Source) -> Source:
-        return LocalSource(source="local", path=folder / source.path) if isinstance(source, LocalSource) else source
+        return source.model_copy(update={"path": folder / source.path}) if isinstance(source, LocalSource) else source
 
     data = recipe.data.model_copy(
         update={

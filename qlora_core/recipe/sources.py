@@ -1,11 +1,23 @@
 """Where models and data come from."""
 
+import re
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from qlora_core.recipe.part import Part, Sha256
+
+COMMIT = re.compile(r"^[0-9a-f]{40}$")
+
+
+def _unpinned(what: str) -> PydanticCustomError:
+    return PydanticCustomError(
+        "unpinned_code",
+        "`trust_remote_code` runs what the model brings along; pin `revision` to {what}",
+        {"what": what},
+    )
 
 
 class PackageSource(Part):
@@ -25,6 +37,16 @@ class LocalSource(Part):
 
     source: Literal["local"]
     path: Path
+    revision: Sha256 | None = None
+    """What the content must be ; `null` takes whatever is there."""
+    trust_remote_code: bool = False
+    """For models: take the folder's Python files along and let transformers run them; `revision` has to be pinned."""
+
+    @model_validator(mode="after")
+    def _code_is_pinned(self) -> Self:
+        if self.trust_remote_code and self.revision is None:
+            raise _unpinned("the SHA-256 of the content: 64 zeros make the refusal say it")
+        return self
 
 
 class HubSource(Part):
@@ -36,8 +58,16 @@ class HubSource(Part):
     """A branch, tag or commit; `null` is the hub's default branch."""
     file: str | None = None
     """For data: the one file to read; `null` takes every data file of the repository."""
+    trust_remote_code: bool = False
+    """For models: fetch the repository's Python files and let transformers run them; `revision` must be a commit."""
     alternatives: tuple["HubSource", ...] = ()
     """The same thing in other places, tried in this order when this one is not there or cannot be reached."""
+
+    @model_validator(mode="after")
+    def _code_is_pinned(self) -> Self:
+        if self.trust_remote_code and not COMMIT.match(self.revision or ""):
+            raise _unpinned("a commit of 40 hex digits, not a branch")
+        return self
 
 
 Source = Annotated[PackageSource | LocalSource | HubSource, Field(discriminator="source")]

@@ -37,6 +37,7 @@ def run(raw: dict[str, Any], report: Report) -> Adapter:
     accelerator = start_processes(spec, device, report)
     peak = practical_peak(device, dtype)
     report(Note(message=_place(device, dtype, accelerator.num_processes, peak)))
+    report(Note(message=f"{spec.base.source} in {kernel_of(model)} layers"))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     saved = checkpoint.newest(spec.into / "checkpoints", report)
     if saved.step:
