@@ -3,8 +3,10 @@ VENV   := .venv
 PYTHON ?= python3
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+GPTQ   := .venv-gptq
+GPTQ_STAMP := $(GPTQ)/.installed
 
-.PHONY: quickstart test check ui clean help
+.PHONY: quickstart test test-gptq check ui clean help
 
 help:            ## what can be typed
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 14
@@ -16,7 +18,10 @@ ui: $(STAMP)     ## the MLflow UI and the Prefect UI of the quickstart
 	@$(BIN)/qlora ui
 
 test: $(STAMP)   ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not gptq" --numprocesses 2 --dist loadfile
+
+test-gptq: $(GPTQ_STAMP)  ## the tests of GPTQ bases, in an environment that has GPTQModel as well
+	$(GPTQ)/bin/python -m pytest -m gptq tests/integration
 
 check: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .
@@ -25,9 +30,17 @@ check: $(STAMP)  ## style, types, import rules
 	$(BIN)/lint-imports
 
 clean:           ## remove the virtual environment and caches, keep .qlora
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(GPTQ) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+# GPTQModel, once installed, adds ten seconds to every process that imports PEFT: only the tests that need it pay.
+$(GPTQ_STAMP): $(STAMP)
+	$(PYTHON) -m venv $(GPTQ)
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(GPTQ)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	$(GPTQ)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gptq]'
 	@touch $@

@@ -107,7 +107,7 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     import torch
 
     from qlora_core.events import ignore
-    from qlora_core.modeling.load import load_quantized
+    from qlora_core.modeling.load import load_base
     from qlora_core.modeling.lora import add_lora
     from qlora_core.modeling.rows import TokenRow
     from qlora_core.recipe import Lora, Quantization
@@ -116,7 +116,7 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     from qlora_core.training.engine.pack import pack_rows
 
     device = torch.device("cuda")
-    model = add_lora(load_quantized(Path(args.checkpoint), device, Quantization()), Lora(dropout=args.dropout))
+    model = add_lora(load_base(_snapshot(Path(args.checkpoint)), device, Quantization()), Lora(dropout=args.dropout))
     engine = Engine(model, torch.bfloat16, args.activation_memory)
     engine.keep_weights(int(args.keep_gib * GIB))
     run = engine if args.no_graphs else Replayed(engine, ignore)
@@ -138,6 +138,21 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         return total / tokens
 
     return step
+
+
+def _snapshot(checkpoint: Path):  # type: ignore[no-untyped-def]
+    from qlora_core.artifacts import ModelSnapshot
+    from qlora_core.modeling.bases import quantization_of
+    from qlora_core.modeling.load import read_architecture
+
+    quantization = quantization_of(json.loads((checkpoint / "config.json").read_text()))
+    return ModelSnapshot(
+        path=checkpoint,
+        source=checkpoint.name,
+        revision="bench",
+        architecture=read_architecture(checkpoint),
+        quantization=quantization,
+    )
 
 
 def _transformers(args: argparse.Namespace):  # type: ignore[no-untyped-def]

@@ -39,7 +39,11 @@ def plain(tmp_path_factory) -> Path:
     return write_model(tmp_path_factory.mktemp("models") / "Tiny")
 
 
-@pytest.fixture(scope="module", params=MAKERS)
+GPTQ = pytest.mark.gptq
+KINDS = [pytest.param(kind, marks=GPTQ if kind.startswith("gptq") else ()) for kind in MAKERS]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def quantized(request, plain: Path, tmp_path_factory) -> ModelSnapshot:
     """As the download stage leaves it, still without a twin."""
     folder = MAKERS[request.param](plain, plain.parent / f"Tiny-{request.param}")
@@ -94,6 +98,7 @@ def assert_merged(merged: MergedModel, plain: Path) -> None:
 
 def test_gradients_flow_through_every_quantized_layer_even_after_a_pass_without(quantized: ModelSnapshot):
     """GPTQModel's CPU kernel would drop them for good after such a pass; the adapter would learn from half of them."""
+    torch.manual_seed(1)
     model = load_base(quantized, CPU, Quantization())
     layer = model.model.layers[0].mlp.up_proj
     with torch.no_grad():
@@ -102,7 +107,9 @@ def test_gradients_flow_through_every_quantized_layer_even_after_a_pass_without(
     towards = torch.randn(3, weight.shape[1])
     layer(inputs).backward(towards)
     assert inputs.grad is not None
-    torch.testing.assert_close(inputs.grad, towards @ weight.T, atol=1e-4, rtol=1e-4)
+    expected = towards @ weight.T
+    # bitsandbytes makes weights that were stored from float16 in float16 again, for the backward pass only: 2^-11 each
+    assert torch.linalg.vector_norm(inputs.grad - expected) < 1e-3 * torch.linalg.vector_norm(expected)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert sum(parameter.requires_grad for parameter in add_lora(model, Lora(rank=2)).parameters()) == 2 * 7 * 2
 
