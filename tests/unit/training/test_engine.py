@@ -142,10 +142,10 @@ def test_a_step_changes_what_the_next_pass_computes(tmp_path):
     model, rows = adapted(CONFIGS["llama"], tmp_path), random_rows(VOCABULARY, ROWS)
     module = FusedLoss(model, Engine(model, torch.float32), 0.0, "auto", 512, ignore)
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    module.follow(optimizer)
     pack = module.collate(rows)
     before = module.loss_and_grads(pack).item()
     optimizer.step()
+    module.refresh()
     after = module(pack).item()
     assert after < before
     assert after == pytest.approx(token_loss(model.get_base_model(), collate(rows, 0)).loss_sum.item(), rel=TOLERANCE)
