@@ -35,7 +35,6 @@ from qlora_core.modeling.load import read_architecture
 from qlora_core.modeling.rows import TokenRow, write_token_rows
 from qlora_core.recipe import Lora, TrainRecipe
 from qlora_core.training.launch import train
-from tests.bench.training_speed import make
 from tests.tiny import write_model
 
 WARM_UP_STEPS = 4
@@ -193,10 +192,15 @@ def ranks() -> list[psutil.Process]:
 
 def used_mib() -> list[int]:
     """Memory in use on every GPU, whoever uses it; empty without GPUs."""
+    return [int(line) for line in asked_of_gpus("memory.used")]
+
+
+def asked_of_gpus(what: str) -> list[str]:
+    """One answer a GPU; not through torch, which would take memory there for this process."""
     if shutil.which("nvidia-smi") is None:
         return []
-    command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    return [int(line) for line in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
+    command = ["nvidia-smi", f"--query-gpu={what}", "--format=csv,noheader,nounits"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
 
 
 def peaks(heard: Heard) -> list[float]:
@@ -212,7 +216,8 @@ def random_base(folder: Path, shape: str) -> ModelSnapshot:
         tokenizer = write_model(fresh(folder / "tokenizer"))
         for file in ("config.json", "generation_config.json", "model.safetensors"):
             (tokenizer / file).unlink()
-        make(shape, tokenizer, folder)
+        maker = [sys.executable, str(Path(__file__).with_name("training_speed.py")), "make", shape]
+        subprocess.run([*maker, "--tokenizer", str(tokenizer), "--out", str(folder)], check=True)  # its GPU memory ends
     return ModelSnapshot(path=path, source=shape, revision="1", digest="0" * 64, architecture=read_architecture(path))
 
 
@@ -247,11 +252,12 @@ def fresh(folder: Path) -> Path:
 
 
 def where() -> dict[str, Any]:
-    import torch
-
     installed = {name: _version(name) for name in PACKAGES}
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return {"device": device, "versions": installed, "date": datetime.now(UTC).date().isoformat()}
+    return {
+        "device": ", ".join(asked_of_gpus("name")) or "CPU",
+        "versions": installed,
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def _version(package: str) -> str | None:
