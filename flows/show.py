@@ -5,6 +5,7 @@ import os
 import shutil
 import sys
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -12,9 +13,11 @@ from rich.text import Text
 
 from qlora_core.artifacts import ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
-from tasks.promote_task import Outcome
 from tasks.registry import Version
 from tasks.settings import Settings
+
+if TYPE_CHECKING:  # it knows all stages and what they need, torch too
+    from tasks.promote_task import Outcome
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -27,7 +30,7 @@ VERDICTS = {
 SHOWN_SCORES = ("loss", "valid_call", "exact_call", "forgetting_perplexity")
 
 
-def show_outcome(outcome: Outcome, settings: Settings) -> None:
+def show_outcome(outcome: "Outcome", settings: Settings) -> None:
     """The verdict, the scores before and after, and what to type next."""
     report, decision = outcome.report, outcome.decision
     verdict = VERDICTS.get(outcome.verdict, outcome.verdict)

@@ -23,3 +23,9 @@ def test_help_needs_nothing_heavy():
     )
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "[]"
+
+
+def test_commands_about_versions_need_neither_torch_nor_prefect():
+    program = f"import sys, flows.judging; print([m for m in {HEAVY} if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "['mlflow']"
