@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot, PreparedDataset
 from qlora_core.events import ignore
@@ -21,24 +21,26 @@ THINGS = ["door", "boat", "lamp", "coat", "chair", "kite", "cup", "wall", "hat",
 PLAIN_TEXT = "The river runs past the old mill and under the bridge. " * 40
 
 
-def write_model(folder: Path, hidden: int = 64) -> Path:
-    """A llama of about 100,000 random parameters as a plain model folder."""
+def write_model(folder: Path, hidden: int = 64, family: str = "llama") -> Path:
+    """A model of about 100,000 random parameters as a plain model folder."""
     torch.manual_seed(5)
     tokenizer = _tokenizer()
-    config = LlamaConfig(
+    config = AutoConfig.for_model(
+        family,
         vocab_size=len(tokenizer),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=hidden // 4,
         max_position_embeddings=256,
         eos_token_id=2,
         bos_token_id=None,
         pad_token_id=0,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
