@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +19,11 @@ from qlora_core.merging.merge import merge
 from qlora_core.modeling.bases import kind_of_base
 from qlora_core.modeling.load import load_base
 from qlora_core.modeling.lora import add_lora
+from qlora_core.modeling.loss import collate, token_loss
+from qlora_core.modeling.rows import TokenRow
 from qlora_core.recipe import LocalSource, Lora, MergeRecipe, Quantization, TrainRecipe
+from qlora_core.training.engine.engine import Engine
+from qlora_core.training.engine.pack import pack_rows
 from qlora_core.training.spec import TrainSpec
 from qlora_core.training.worker import run
 from tests.quantized import quantize_like_auto_gptq, quantize_with_bitsandbytes
@@ -112,6 +117,24 @@ def test_gradients_flow_through_every_quantized_layer_even_after_a_pass_without(
     assert torch.linalg.vector_norm(inputs.grad - expected) < 1e-3 * torch.linalg.vector_norm(expected)
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert sum(parameter.requires_grad for parameter in add_lora(model, Lora(rank=2)).parameters()) == 2 * 7 * 2
+
+
+def test_the_fused_engine_computes_what_peft_computes_on_it(quantized: ModelSnapshot):
+    """bitsandbytes rounds to float16 in its backward pass, and GPTQModel sums in another order."""
+    torch.manual_seed(1)
+    model = add_lora(load_base(quantized, CPU, Quantization()), Lora(rank=4, alpha=8)).train()
+    adapter = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for parameter in adapter.values():
+        torch.nn.init.normal_(parameter.data, 0, 0.1)
+    rows = [TokenRow("", np.arange(3, 3 + size, dtype=np.int32), np.ones(size, np.uint8)) for size in (40, 25)]
+    loss = token_loss(model.get_base_model(), collate(rows, 0)).loss_sum
+    loss.backward()
+    expected = {name: parameter.grad.clone() for name, parameter in adapter.items()}
+    engine = Engine(model, torch.float32)
+    assert engine.loss_and_grads(pack_rows(rows, False), torch.zeros(1)).item() == pytest.approx(loss.item(), rel=1e-4)
+    for name, gradient in expected.items():
+        difference = torch.linalg.vector_norm(adapter[name].grad - gradient)
+        assert difference < 1e-2 * torch.linalg.vector_norm(gradient), name
 
 
 def test_a_quantized_base_predicts_about_what_its_twin_predicts(quantized: ModelSnapshot, plain: Path):

@@ -7,14 +7,13 @@ over memory, and keeping them would cost half as much memory again.
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedModel
 
 from qlora_core.training.engine import ops
 from qlora_core.training.engine.adapter import FlatAdapter
 from qlora_core.training.engine.attention import Attended, attend, attend_backward
 from qlora_core.training.engine.blocks import Block, Context, Kept, read_blocks
-from qlora_core.training.engine.families import shape_of
+from qlora_core.training.engine.families import adapted_linears, shape_of
 from qlora_core.training.engine.linear import Group
 from qlora_core.training.engine.offload import HostMemory
 from qlora_core.training.engine.pack import Pack
@@ -37,7 +36,7 @@ class Engine:
     def __init__(self, model: PeftModel, dtype: torch.dtype, activation_memory: ActivationMemory = "fast") -> None:
         base: PreTrainedModel = model.get_base_model()
         decoder = base.get_decoder()
-        self.adapter = FlatAdapter([m for m in base.modules() if isinstance(m, LoraLayer)], dtype)
+        self.adapter = FlatAdapter(adapted_linears(base), dtype)
         self.shape = shape_of(base)
         self.dtype, self.activation_memory = dtype, activation_memory
         self._embedding = base.get_input_embeddings().weight.detach()

@@ -92,6 +92,12 @@ def linears(block: torch.nn.Module, group: str) -> list[torch.nn.Module]:
     return [block.get_submodule(path) for path in GROUPS[group]]
 
 
+def adapted_linears(model: PreTrainedModel) -> list[LoraLayer]:
+    """Every adapted linear in the order of its block's groups, whatever order a loader has put the modules into."""
+    modules = [linear for block in blocks_of(model) for group in GROUPS for linear in linears(block, group)]
+    return [module for module in modules if isinstance(module, LoraLayer)]
+
+
 def blocks_of(model: PreTrainedModel) -> list[torch.nn.Module]:
     """The decoder's blocks."""
     return list(model.get_decoder().layers)

@@ -108,6 +108,18 @@ def test_weights_that_stay_dequantized_give_the_same(apart, tmp_path):
     assert worst(model, gradients) < TOLERANCE
 
 
+def test_modules_in_another_order_give_the_same(tmp_path):
+    """GPTQModel puts the linears of a block into alphabetical order."""
+    model, rows = adapted(CONFIGS["llama"], tmp_path), random_rows(VOCABULARY, ROWS)
+    expected, gradients = plain_pass(model, rows)
+    for block in model.get_base_model().model.layers:
+        for part in (block.self_attn, block.mlp):
+            part._modules = dict(sorted(part._modules.items()))
+    engine = Engine(model, torch.float32)
+    assert engine.loss_and_grads(pack_rows(rows, False), torch.zeros(1)).item() == pytest.approx(expected, rel=1e-4)
+    assert worst(model, gradients) < TOLERANCE
+
+
 class KnownDropout(torch.nn.Module):
     """The engine's dropout as a layer, so that PEFT's own forward draws the same masks."""
 
