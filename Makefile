@@ -6,7 +6,7 @@ STAMP  := $(VENV)/.installed
 GPTQ   := .venv-gptq
 GPTQ_STAMP := $(GPTQ)/.installed
 
-.PHONY: quickstart test test-gptq check ui clean help
+.PHONY: quickstart test test-gptq team-test check ui clean help
 
 help:            ## what can be typed
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ test: $(STAMP)   ## all tests that need no GPU
 
 test-gptq: $(GPTQ_STAMP)  ## the tests of GPTQ bases, in an environment that has GPTQModel as well
 	$(GPTQ)/bin/python -m pytest -m gptq tests/integration
+
+team-test: $(STAMP)  ## a team's servers, a worker, schedules and events, on this machine; stopped at the end
+	$(BIN)/python -m pytest tests/integration/test_team.py
 
 check: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .

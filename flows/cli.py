@@ -18,6 +18,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+data = typer.Typer(help="The data of a recipe.", no_args_is_help=True)
+app.add_typer(data, name="data")
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as deployments/recipes/quickstart.yaml.")]
 Overrides = Annotated[
@@ -30,6 +32,8 @@ Reason = Annotated[str, typer.Option(help="Kept with the version.")]
 ExportKind = Annotated[
     Literal["nf4", "gptq-int4"], typer.Option("--as", help="What loads it: bitsandbytes, or GPTQ kernels.")
 ]
+Cron = Annotated[str | None, typer.Option(help="When, as a cron line such as '0 2 * * *'.")]
+TimeZone = Annotated[str, typer.Option(help="Of the cron line, such as Europe/Berlin.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 
@@ -201,6 +205,43 @@ def ui(
     serve(settings, mlflow_port, prefect_port, browser)
 
 
+@app.command()
+def deploy(
+    recipe: RecipePath,
+    cron: Cron = None,
+    timezone: TimeZone = "UTC",
+    pool: Annotated[str, typer.Option(help="The work pool whose workers retrain.")] = "gpu",
+) -> None:
+    """Deploy a recipe to the team's Prefect server: retrained on a schedule and when its data is published."""
+    settings = _start()
+    from flows.deploy import deploy as deploy_recipe
+
+    deploy_recipe(recipe, cron, timezone, pool, settings)
+
+
+@app.command("serve-flows")
+def serve_flows(
+    recipes: Annotated[list[Path], typer.Argument(help="Recipes to retrain.")],
+    cron: Cron = None,
+    timezone: TimeZone = "UTC",
+    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server, where none is set.")] = 4200,
+) -> None:
+    """Run the schedules of recipes on this machine until Ctrl-C; no worker is needed."""
+    settings = _start()
+    from flows.deploy import serve_flows as serve_recipes
+
+    serve_recipes(recipes, cron, timezone, prefect_port, settings)
+
+
+@data.command()
+def publish(recipe: RecipePath) -> None:
+    """Tell the team's Prefect server that a recipe's data may have changed: what is deployed for it retrains."""
+    settings = _start()
+    from flows.commands import publish_data
+
+    publish_data(recipe, settings)
+
+
 def main() -> NoReturn:
     """Entry point: an expected error is one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -215,18 +256,18 @@ def _explain(error: Exception) -> NoReturn:
     from qlora_core.errors import QloraError
 
     if not isinstance(error, QloraError):
-        error = _failure_of_mlflow(error)
+        error = _failure_of_a_server(error)
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
     sys.exit(error.exit_code)
 
 
-def _failure_of_mlflow(error: Exception) -> "QloraError":
-    """What MLflow's failure means; any other error is a fault of this program and keeps its traceback."""
-    from tasks.failures import explain
+def _failure_of_a_server(error: Exception) -> "QloraError":
+    """What MLflow's or Prefect's failure means; any other error is a fault of this program and keeps its traceback."""
+    from tasks.failures import explain, explain_prefect
     from tasks.settings import Settings
 
-    explained = explain(error, Settings().mlflow_uri)
+    explained = explain(error, Settings().mlflow_uri) or explain_prefect(error)
     if explained is None:
         raise error
     return explained

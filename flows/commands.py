@@ -52,6 +52,15 @@ def reconcile_all(settings: Settings) -> None:
         console.print(line)
 
 
+def publish_data(path: Path, settings: Settings) -> None:
+    """Emit the event that the recipe's data may have changed."""
+    from tasks.publishing import publish
+
+    recipe = load_recipe(path)
+    revision = publish(recipe, settings)
+    console.print(f"published: the data of {recipe.name} is now {revision[:12]}; what is deployed for it retrains")
+
+
 def export_model(model: str, kind: Kind, settings: Settings) -> None:
     """Export the version behind an alias and say where it is."""
     settings.make_home()

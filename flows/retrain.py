@@ -12,6 +12,7 @@ from tasks.orphans import end_orphans
 from tasks.prepare_task import prepare
 from tasks.promote_task import Outcome, promote
 from tasks.register_task import register
+from tasks.registry import ModelRegistry
 from tasks.settings import Settings
 from tasks.tracking import Tracker
 from tasks.train_task import train
@@ -36,6 +37,7 @@ def retrain(recipe: Recipe, force: bool = False) -> Outcome | None:
     end_orphans(tracker)
     run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url)
     with tracker.final_status(run.parent_run_id):
+        ModelRegistry(settings).announce(recipe.name, run.parent_run_id)
         base = download(run).result()
         if base.quantization is not None:
             base = match(run, base).result()

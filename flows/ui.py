@@ -1,9 +1,12 @@
 """Serve the MLflow UI and the Prefect UI of the local stores."""
 
+import os
 import subprocess
 import sys
 import time
 import webbrowser
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 
@@ -42,6 +45,24 @@ def serve(settings: Settings, mlflow_port: int, prefect_port: int, browser: bool
             process.terminate()
         for _, process in servers.values():
             process.wait()
+
+
+@contextmanager
+def local_prefect(port: int) -> Iterator[None]:
+    """The Prefect server of this home, for as long as the block; call it before Prefect is imported.
+
+    Raises:
+        QloraError: it did not come up.
+    """
+    server = _start(_prefect(port))
+    try:
+        _wait_until_healthy("Prefect", f"http://{HOST}:{port}/api/health", server)
+        os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
+        console.print(f"Prefect  http://{HOST}:{port}")
+        yield
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def _start(command: list[str]) -> "subprocess.Popen[bytes]":

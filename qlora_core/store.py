@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -59,27 +59,23 @@ class Store:
     def find(self, kind: type[A], stage: str, key: str) -> A | None:
         """The artifact of a stage with this fingerprint, or None; file sizes are compared with the manifest.
 
+        Its manifest gets the time of this use, which is what a clean-up goes by.
+
         Raises:
             StoreError: it is there but was altered.
         """
-        folder = self._place(stage, key)
-        if not (folder / MANIFEST).is_file():
-            return None
-        manifest = json.loads((folder / MANIFEST).read_text())
-        for name, entry in manifest["files"].items():
-            file = folder / name
-            if not file.is_file() or file.stat().st_size != entry["bytes"]:
-                raise StoreError(
-                    f"{file} is missing or was altered after it was stored; remove {folder} and run again to remake it"
-                )
-        return kind.model_validate({**manifest["record"], "path": folder})
+        found = self._load(kind, stage, key)
+        if found is not None:
+            with suppress(OSError):  # a store that may only be read
+                os.utime(found.path / MANIFEST)
+        return found
 
     def newest(self, kind: type[A], stage: str) -> Iterator[A]:
-        """The artifacts of a stage, newest first; altered ones are left out."""
+        """The artifacts of a stage, last used or made first; altered ones are left out, and none counts as used."""
         manifests = (self.root / stage).glob(f"*/{MANIFEST}")
         for manifest in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
             try:
-                found = self.find(kind, stage, manifest.parent.name)
+                found = self._load(kind, stage, manifest.parent.name)
             except StoreError:
                 continue
             if found is not None:
@@ -140,6 +136,19 @@ class Store:
         work.rename(place)
         _sync(place.parent)
         return stored
+
+    def _load(self, kind: type[A], stage: str, key: str) -> A | None:
+        folder = self._place(stage, key)
+        if not (folder / MANIFEST).is_file():
+            return None
+        manifest = json.loads((folder / MANIFEST).read_text())
+        for name, entry in manifest["files"].items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != entry["bytes"]:
+                raise StoreError(
+                    f"{file} is missing or was altered after it was stored; remove {folder} and run again to remake it"
+                )
+        return kind.model_validate({**manifest["record"], "path": folder})
 
     def _place(self, stage: str, key: str) -> Path:
         if not (len(key) == 64 and all(c in "0123456789abcdef" for c in key)):

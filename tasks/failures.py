@@ -1,14 +1,21 @@
-"""What MLflow's failures mean to whoever reads the last line of a terminal."""
+"""What failures of MLflow and Prefect mean to whoever reads the last line of a terminal."""
 
+import os
 from urllib.parse import urlsplit, urlunsplit
 
+import httpx
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from qlora_core.errors import RegistryError, RegistryUnavailableError
+from qlora_core.errors import QloraError, RegistryError, RegistryUnavailableError
 
 PASSING = {"TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 """Codes of MLflow that say nothing about the request; no answer at all is INTERNAL_ERROR too."""
+WHO = {
+    "UNAUTHENTICATED": "does not know this user: the password is wrong, or the token has expired. Look at "
+    "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
+    "PERMISSION_DENIED": "does not let this user do that; who manages the model or experiment can give the right EDIT",
+}
 LONGEST_TEXT_CHARACTERS = 300
 
 
@@ -20,14 +27,34 @@ def explain(error: BaseException, mlflow_uri: str) -> RegistryError | None:
         passing = True
     else:
         return None
+    code, where = getattr(error, "error_code", ""), without_secrets(mlflow_uri)
+    if code in WHO:
+        return RegistryError(f"MLflow at {where} {WHO[code]}. Nothing was changed by this request")
     what = " ".join(str(error).split())[:LONGEST_TEXT_CHARACTERS]
-    where = without_secrets(mlflow_uri)
     if passing:
         return RegistryUnavailableError(
             f"MLflow at {where} failed: {what}. Nothing counts as promoted that its registry does not show; "
             "what was made is kept, and the same command goes on once MLflow answers"
         )
     return RegistryError(f"MLflow at {where} refused: {what}")
+
+
+def explain_prefect(error: BaseException) -> QloraError | None:
+    """What a failure of the Prefect server means; None if the error is something else.
+
+    Its client raises what httpx raises, so that Prefect, which takes seconds, need not be imported to know.
+    """
+    where = without_secrets(os.environ.get("PREFECT_API_URL", ""))
+    if not where:
+        return None
+    if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+        return QloraError(
+            f"Prefect at {where} does not let us in ({error.response.status_code}): look at PREFECT_API_AUTH_STRING "
+            "or PREFECT_API_KEY. Nothing was changed"
+        )
+    if isinstance(error, httpx.TransportError):
+        return QloraError(f"Prefect at {where} does not answer ({type(error).__name__}); is the server up?")
+    return None
 
 
 def without_secrets(uri: str) -> str:

@@ -13,7 +13,7 @@ from tasks.approval import expire_all
 from tasks.moves import edits_by_hand, repair
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
-from tasks.tracking import Tracker, owner_is_alive
+from tasks.tracking import Tracker, owner_is_alive, runs_here
 
 INIT_PID = 1
 """Who inherits a process whose parent has died."""
@@ -23,9 +23,10 @@ SERVER = "prefect.server.api.server:create_app"
 def end_orphans(tracker: Tracker) -> list[str]:
     """Set runs whose process is gone to KILLED, and their Prefect runs to Crashed; returns their MLflow ids.
 
-    Call it where a Prefect server can be reached, such as inside a flow.
+    A process of another machine is gone if Prefect says that its flow is over. What a deployment had started is
+    started again, and goes on from its last checkpoint. Call it where a Prefect server can be reached.
     """
-    orphans = [run for run in tracker.open_runs() if not owner_is_alive(run.data.tags.get("qlora.owner", ""))]
+    orphans = [run for run in tracker.open_runs() if _is_orphan(run)]
     for run in orphans:
         tracker.client.set_terminated(run.info.run_id, "KILLED")
     for flow_run_id in {_flow_run_id(run) for run in orphans} - {None}:
@@ -49,6 +50,20 @@ def end_stray_servers(settings: Settings) -> None:
                 process.terminate()
 
 
+def _is_orphan(run: Run) -> bool:
+    tags = run.data.tags
+    if not owner_is_alive(tags.get("qlora.owner", "")):
+        return True
+    if runs_here(tags["qlora.owner"]):
+        return False
+    with get_client(sync_client=True) as client:
+        try:
+            state = client.read_flow_run(UUID(tags["prefect.flow_run_id"])).state
+        except ObjectNotFound:  # another Prefect server's
+            return False
+    return state is not None and state.is_final()
+
+
 def _flow_run_id(run: Run) -> str | None:
     if run.data.tags.get("qlora.kind") != "retrain":
         return None
@@ -63,5 +78,12 @@ def _crash(flow_run_id: str) -> None:
         except ObjectNotFound:
             return
         if flow_run.state is not None and not flow_run.state.is_final():
-            message = "its process is gone; the same command goes on where it stopped"
+            message = "its process is gone; a new run goes on where it stopped"
             client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
+            if flow_run.deployment_id is not None:
+                client.create_flow_run_from_deployment(
+                    flow_run.deployment_id,
+                    parameters=flow_run.parameters,
+                    name=f"{flow_run.name}, again",
+                    idempotency_key=f"again {flow_run.id}",
+                )

@@ -158,6 +158,17 @@ class ModelRegistry:
                 return None
             raise
 
+    def announce(self, name: str, parent_run_id: str) -> None:
+        """Leave on an existing model which retraining is at work for it.
+
+        Whoever may not do that could not register a version either, and had better know before hours of training.
+
+        Raises:
+            MlflowException: the registry refuses to write, or cannot.
+        """
+        if self.aliases(name):
+            self.client.set_registered_model_tag(name, "qlora.retraining", parent_run_id)
+
     def delete(self, name: str, number: int) -> None:
         """Take a version out of the registry.
 

@@ -253,11 +253,15 @@ def this_process() -> str:
 
 def owner_is_alive(owner: str) -> bool:
     """Whether the process that owns a run still runs; one on another host is taken to."""
-    host, _, rest = owner.partition(":")
-    if host != socket.gethostname():
+    if not runs_here(owner):
         return bool(owner)
-    pid, _, started = rest.partition(":")
+    _, pid, started = owner.split(":")
     try:
         return f"{psutil.Process(int(pid)).create_time():.2f}" == started
     except (psutil.NoSuchProcess, ValueError):
         return False
+
+
+def runs_here(owner: str) -> bool:
+    """Whether the process that owns a run is one of this machine."""
+    return owner.partition(":")[0] == socket.gethostname()

@@ -14,11 +14,9 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 
 @contextmanager
 def running(command: list[str], log: Path, environment: Mapping[str, str]) -> Iterator["subprocess.Popen[bytes]"]:
-    """A Python module as a process of its own, ended with the block."""
+    """A process of its own, ended with the block."""
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            [sys.executable, "-m", *command], env=environment, stdout=output, stderr=output, cwd=CHECKOUT
-        )
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output, cwd=CHECKOUT)
         try:
             yield process
         finally:
@@ -32,7 +30,19 @@ def mlflow_server(folder: Path, port: int | None = None) -> Iterator[str]:
     folder.mkdir(parents=True, exist_ok=True)
     port = port or free_port()
     store = ["--backend-store-uri", f"sqlite:///{folder}/mlflow.db", "--artifacts-destination", str(folder / "files")]
-    command = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1", *store]
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--workers",
+        "1",
+        *store,
+    ]
     environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
     with running(command, folder / "server.log", environment):
         wait_until_healthy(f"http://127.0.0.1:{port}/health")
@@ -48,5 +58,5 @@ def prefect_worker(pool: str, folder: Path, environment: Mapping[str, str]) -> I
         ["deploy", "--name", "approval", "--pool", pool, "--prefect-file", "deployments/prefect.yaml"],
     ):
         subprocess.run([*python, *command], env=environment, check=True, capture_output=True, cwd=CHECKOUT, timeout=300)
-    with running(["prefect", "worker", "start", "--pool", pool], folder / "worker.log", environment):
+    with running([*python, "worker", "start", "--pool", pool], folder / "worker.log", environment):
         yield

@@ -1,0 +1,72 @@
+"""Recheck: the champion on the recipe's data of today, against what it scored when it was judged."""
+
+import json
+
+from prefect import task
+
+from qlora_core.artifacts import ModelScores, Record
+from qlora_core.evaluation import evaluate as evaluation
+from tasks.keys import scores_key
+from tasks.preflight import prepared
+from tasks.registry import ModelRegistry, Version
+from tasks.stage import RETRYING, Stage
+from tasks.tracking import Described, Retraining
+
+METRIC = "loss"
+"""What every model is scored by."""
+
+
+class Recheck(Record):
+    """How a champion does on fresh data."""
+
+    name: str
+    version: int
+    before: float
+    """Its loss when it was judged."""
+    now: float
+    drifted: bool
+
+    @property
+    def sentence(self) -> str:
+        """For people."""
+        verdict = "has drifted" if self.drifted else "holds"
+        return f"{self.name} version {self.version} {verdict}: loss {self.before:.4g} then, {self.now:.4g} now"
+
+
+@task(name="recheck", task_run_name="recheck {champion.name}", timeout_seconds=6 * 3600, **RETRYING)
+def recheck(retraining: Retraining, champion: Version, tolerance: float) -> Recheck:
+    """Score the champion on fresh rows, in a nested run of the retraining that made it; each look adds a point.
+
+    Args:
+        retraining: the retraining that made the champion, with the recipe whose data is looked at.
+        champion: whom to score.
+        tolerance: how much the loss may have grown, as a share of what it was.
+    """
+    recipe = retraining.recipe
+    with Stage("recheck", retraining) as stage:
+        _, dataset = prepared(recipe, stage.settings, stage.report)
+        digest = champion.tags["qlora.model_digest"]
+        key = scores_key(recipe, digest, dataset)
+        with stage.recorded(key) as run:
+            folder = ModelRegistry(stage.settings).fetch(champion, stage.settings.root / "champions")
+            scores = stage.part(
+                "scores",
+                key,
+                ModelScores,
+                lambda into, report: evaluation.evaluate(
+                    recipe.evaluation, recipe.seed, folder, digest, dataset, into, report
+                ),
+                keep=evaluation.KEEP,
+            )
+            before, now = champion.scores[METRIC], scores.scores[METRIC]
+            found = Recheck(
+                name=champion.name,
+                version=champion.number,
+                before=before,
+                now=now,
+                drifted=now > before * (1 + tolerance),
+            )
+            tags = {"qlora.recheck": json.dumps(found.model_dump(mode="json")), "qlora.data_digest": dataset.digest}
+            run.describe(Described(metrics=scores.scores, tags=tags))
+        stage.display.done(found.sentence)
+        return found
