@@ -21,7 +21,7 @@ test: $(STAMP)   ## all tests that need no GPU
 	$(BIN)/python -m pytest -m "not gpu and not gptq" --numprocesses 2 --dist loadfile
 
 test-gptq: $(GPTQ_STAMP)  ## the tests of GPTQ bases, in an environment that has GPTQModel as well
-	$(GPTQ)/bin/python -m pytest -m gptq tests/integration
+	$(GPTQ)/bin/python -m pytest -m gptq
 
 team-test: $(STAMP)  ## a team's servers, a worker, schedules and events, on this machine; stopped at the end
 	$(BIN)/python -m pytest tests/integration/test_team.py

@@ -1,6 +1,5 @@
 """Merged models in 4 bits."""
 
-import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,14 +24,7 @@ def export_spec(case: MergeSpec, kind: Kind, into: Path) -> ExportSpec:
 
 KINDS = [
     pytest.param("nf4", "bitsandbytes"),
-    pytest.param(
-        "gptq-int4",
-        "gptq",
-        marks=[
-            pytest.mark.slow,
-            pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is None, reason="GPTQModel is an extra"),
-        ],
-    ),
+    pytest.param("gptq-int4", "gptq", marks=[pytest.mark.slow, pytest.mark.gptq]),
 ]
 
 
