@@ -8,12 +8,14 @@ import json
 import unicodedata
 from array import array
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from kitoken import Kitoken
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 HARD_TEXTS = (
     "Hello, world!  It's 12,345.67 o'clock;\n\n\n  we'LL see\tthat\r\n\r\nx=3  \n",
@@ -54,7 +56,7 @@ class FastBpe:
         self._engine, self._widths, self._needs_nfc = engine, widths, needs_nfc
 
     @classmethod
-    def like(cls, tokenizer: PreTrainedTokenizerFast) -> Self | None:
+    def like(cls, tokenizer: "PreTrainedTokenizerFast") -> Self | None:
         """The fast twin of a tokenizer; None where it is not byte-level BPE, or where the ids of hard texts differ."""
         serialized = tokenizer.backend_tokenizer.to_str()
         spec = json.loads(serialized)
@@ -87,7 +89,7 @@ class FastBpe:
             return -1
         return len(text.encode())
 
-    def _agrees_with(self, tokenizer: PreTrainedTokenizerFast, added: Sequence[str]) -> bool:
+    def _agrees_with(self, tokenizer: "PreTrainedTokenizerFast", added: Sequence[str]) -> bool:
         texts = [*HARD_TEXTS, *(f" a\n{token}\nb {token}{token} " for token in added)]
         encodings = tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False)
         return bool(self._engine.encode_all(texts, True) == [encoding.ids for encoding in encodings])

@@ -10,9 +10,9 @@ import time
 from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from qlora_core.artifacts import DataSnapshot, ModelSnapshot, PreparedDataset
 from qlora_core.data.candidates import Candidates
@@ -33,6 +33,9 @@ from qlora_core.modeling.rows import TokenRow, write_token_rows
 from qlora_core.modeling.tokenizer import load_tokenizer, template_digest, tokenizer_digest
 from qlora_core.recipe import DataRecipe
 from qlora_core.store import sha256_of_json, write_atomically
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 VERSION = 2
 REPORT_EVERY_S = 1.0
@@ -97,7 +100,7 @@ def prepare(
 def _make(
     recipe: DataRecipe,
     seed: int,
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     raw: DataSnapshot,
     into: Path,
     report: Report,
@@ -140,7 +143,7 @@ def _check(recipe: DataRecipe, tally: Tally, train_rows: int, evaluation_rows: i
             )
 
 
-def _write_forgetting(recipe: DataRecipe, raw: DataSnapshot, tokenizer: PreTrainedTokenizerFast, path: Path) -> int:
+def _write_forgetting(recipe: DataRecipe, raw: DataSnapshot, tokenizer: "PreTrainedTokenizerFast", path: Path) -> int:
     """Write windows from the start of each text in turn, each opened as the tokenizer opens a text; return tokens."""
     opening = tokenizer.encode("")
     window = min(FORGETTING_WINDOW_TOKENS, recipe.seq_len_tokens) - len(opening)
@@ -158,7 +161,7 @@ def _write_forgetting(recipe: DataRecipe, raw: DataSnapshot, tokenizer: PreTrain
 
 
 def _describe(
-    into: Path, record: PreparedDataset, tally: Tally, output: Output, tokenizer: PreTrainedTokenizerFast
+    into: Path, record: PreparedDataset, tally: Tally, output: Output, tokenizer: "PreTrainedTokenizerFast"
 ) -> None:
     """Write summary.json, preview.json and page.html, for people."""
     facts = record.model_dump(

@@ -12,10 +12,9 @@ space that some templates write after it.
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from jinja2 import TemplateError
-from transformers import PreTrainedTokenizerFast
 
 from qlora_core.data.blueprint import ALTERATIONS, Blueprint, draw, keeps_track
 from qlora_core.data.conversation import Call, Conversation, Message, Role
@@ -23,6 +22,9 @@ from qlora_core.data.fit import Abilities, fit, tool_schema
 from qlora_core.data.reasons import RowProblem
 from qlora_core.errors import DataError
 from qlora_core.modeling.rows import PromptRow
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 Span = tuple[int, int]
 
@@ -59,7 +61,7 @@ class ChatTemplate:
             trained with it would never stop.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast") -> None:
         if not tokenizer.chat_template:
             raise DataError(
                 "the tokenizer has no chat template; use the instruct version of the model, "

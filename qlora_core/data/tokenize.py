@@ -1,14 +1,16 @@
 """Texts and character spans to token ids and loss masks, in one tokenization of the whole text."""
 
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from qlora_core.data.fast_bpe import Encoded, FastBpe
 from qlora_core.data.template import Rendered
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 COMPARED_EVERY_ROWS = 128
 
@@ -32,7 +34,7 @@ class RowTokenizer:
         fast: whether to look for a faster one.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, fast: bool = True) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", fast: bool = True) -> None:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         self._reference = tokenizer
@@ -63,14 +65,14 @@ class RowTokenizer:
         return made
 
 
-def tokenize(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Rendered]) -> list[Tokens]:
+def tokenize(tokenizer: "PreTrainedTokenizerFast", rows: Sequence[Rendered]) -> list[Tokens]:
     """Ids and masks of rendered conversations; no special token is added, the template wrote them all."""
     backend = tokenizer.backend_tokenizer
     encodings = backend.encode_batch([row.text for row in rows], add_special_tokens=False)
     return [_tokens(encoding, row) for encoding, row in zip(encodings, rows, strict=True)]
 
 
-def segments(tokenizer: PreTrainedTokenizerFast, tokens: Tokens) -> list[dict[str, Any]]:
+def segments(tokenizer: "PreTrainedTokenizerFast", tokens: Tokens) -> list[dict[str, Any]]:
     """A row as text again, cut where training starts and stops: `[{text, trained}]`."""
     turns = np.flatnonzero(np.diff(tokens.mask)) + 1
     cuts = [0, *turns.tolist(), len(tokens.ids)]

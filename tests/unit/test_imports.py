@@ -15,6 +15,12 @@ def test_importing_pulls_in_nothing_heavy(module):
     assert printed.strip() == "[]"
 
 
+def test_a_flow_that_finds_nothing_to_do_needs_no_torch():
+    program = "import sys, flows.scheduled; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "[]"
+
+
 def test_help_needs_nothing_heavy():
     program = (
         "import sys; from typer.testing import CliRunner; from flows.cli import app; "
