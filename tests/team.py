@@ -158,6 +158,8 @@ def object_store(folder: Path, secret: str) -> Iterator[str]:
         "-master.volumeSizeLimitMB=64",
         "-master.telemetry=false",
         "-volume.preStopSeconds=0",
+        "-s3.port.iceberg=0",  # these two stand on fixed ports, and a second team on this machine would end the first
+        "-s3.port.lance=0",
         *flags,
     ]
     with running(command, home / "server.log", clean_environment()):
