@@ -5,6 +5,7 @@ words are found, 11 % of those that share 80 %, none of those that share half. O
 a row.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Literal
@@ -22,6 +23,10 @@ SEED = 1
 CHUNK_ROWS = 2048
 RECENT_KEYS = 2**18
 MIX = np.random.default_rng(SEED).integers(2**63, size=BAND_VALUES, dtype=np.uint64) * 2 + 1
+UNSPACED = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
+"""Thai, Lao, Burmese, Khmer, kana and Han, which are written without spaces between words."""
 
 Policy = Literal["report", "drop", "ignore"]
 
@@ -56,7 +61,7 @@ def band_keys(texts: Sequence[str]) -> NDArray[np.uint64]:
 
 def _words(text: str) -> list[str]:
     """Words; pairs of characters where words are not divided by spaces."""
-    if text.isascii():
+    if text.isascii() or not UNSPACED.search(text):
         return text.split()
     return [text[at : at + 2] for at in range(max(1, len(text) - 1))]
 

@@ -6,6 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Self
 
+import numpy as np
 import pyarrow as pa
 
 from qlora_core.data.reasons import RowProblem
@@ -51,7 +52,7 @@ class Side:
     def add(self, tokens: Tokens) -> None:
         """Count one row; the first token of a row is never predicted."""
         self.lengths.append(len(tokens.ids))
-        self.trained_tokens += int(tokens.mask[1:].sum())
+        self.trained_tokens += int(np.count_nonzero(tokens.mask[1:]))
 
 
 class Output:

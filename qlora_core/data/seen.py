@@ -1,7 +1,9 @@
 """Which contents were met before, in 8 bytes a row."""
 
+from array import array
+from bisect import bisect_left
+
 import numpy as np
-from numpy.typing import NDArray
 
 RECENT_KEYS = 2**17
 
@@ -13,7 +15,7 @@ class SeenKeys:
 
     def __init__(self) -> None:
         self._recent: set[int] = set()
-        self._sorted: NDArray[np.uint64] = np.zeros(0, np.uint64)
+        self._sorted = array("Q")
 
     def add(self, key: bytes) -> bool:
         """Remember a key; False if it was there already."""
@@ -23,10 +25,12 @@ class SeenKeys:
         self._recent.add(short)
         if len(self._recent) >= RECENT_KEYS:
             recent = np.fromiter(self._recent, np.uint64, len(self._recent))
-            self._sorted = np.sort(np.concatenate([self._sorted, recent]), kind="stable")
+            merged = np.sort(np.concatenate([np.frombuffer(self._sorted, np.uint64), recent]), kind="stable")
+            self._sorted = array("Q", merged.tobytes())
             self._recent.clear()
         return True
 
     def _holds(self, short: int) -> bool:
-        at = self._sorted.searchsorted(np.uint64(short))
-        return bool(at < len(self._sorted) and self._sorted[at] == short)
+        """By `bisect`: NumPy would hand the interpreter over to the tokenizer's threads at every single row."""
+        at = bisect_left(self._sorted, short)
+        return at < len(self._sorted) and self._sorted[at] == short
