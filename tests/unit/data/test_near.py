@@ -67,3 +67,9 @@ def test_chinese_is_compared_by_characters():
     words = "今天天气很好我们一起去公园散步吧然后在湖边喝一杯热茶看看来来往往的船和对岸的灯火直到天黑"
     rows = [candidate(0, words), candidate(1, words[::-1]), candidate(2, words)]
     assert kept(rows, "drop")[0] == [0, 1]
+
+
+def test_a_stray_accent_does_not_hide_a_near_copy():
+    rows = [candidate(at, " ".join(text(at))) for at in range(50)]
+    rows += [candidate(50 + at, " ".join([*text(at), "naïve"])) for at in range(50)]
+    assert len(kept(rows, "drop")[0]) <= 60
