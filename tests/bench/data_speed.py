@@ -5,8 +5,8 @@
         --folder /var/tmp/data-bench
 
 It needs no network: `--tokenizer` is a folder with tokenizer.json, tokenizer_config.json and chat_template.jinja, and
-`--rows-file` a list of Alpaca rows. `--ways ours trl ours trl` runs them in turn, and `--rows 2000000 --ways ours` shows
-how time and memory grow.
+`--rows-file` a list of Alpaca rows. `--ways ours trl ours trl` runs them in turn, and `--rows 2000000 --ways ours`
+shows how time and memory grow.
 
 Rows are real ones with a tenth of their words exchanged, so that nothing is cached by luck. Each way runs in a process
 of its own on the same cores and the same file; time starts after its imports and ends before its tokens are counted,
