@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal, NamedTuple
@@ -25,12 +24,20 @@ from qlora_core.evaluation.metrics import SCORES, describe
 from qlora_core.evaluation.plots import plot_learning_rate, plot_lengths, plot_loss, read_curve
 from qlora_core.evaluation.records import ReportContext
 from qlora_core.evaluation.scored import read_rows
+from qlora_core.evaluation.wording import (
+    NARROW_SPACE,
+    format_energy,
+    format_score,
+    format_seconds,
+    format_time,
+    round_score,
+    signed,
+)
 from qlora_core.modeling.rows import TokenRows
 from qlora_core.store import write_atomically
 
 EXAMPLES = 8
 SPLITS = {"training": "train", "evaluation": "evaluation"}
-NARROW_SPACE = "\u202f"
 
 
 class Change(NamedTuple):
@@ -128,44 +135,9 @@ def state_verdict(decision: PromotionDecision, report: EvaluationReport, needs_a
     before, after = report.base.get(metric), report.candidate[metric]
     title = describe(metric).title.lower()
     if before is None or before == after:
-        return f"{done}: {title} {'is' if before is None else 'stays at'} {_rounded(metric, after)}."
+        return f"{done}: {title} {'is' if before is None else 'stays at'} {round_score(metric, after)}."
     verb = "rose" if after > before else "fell"
-    return f"{done}: {title} {verb} from {_rounded(metric, before)} to {_rounded(metric, after)}."
-
-
-def format_score(name: str, value: float | None) -> str:
-    """A score as people read it: shares in percent, numbers with three significant digits."""
-    if value is None:
-        return "\u2013"
-    if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "infinite"
-    if describe(name).unit == "share":
-        return f"{100 * value:.1f}{NARROW_SPACE}%"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.3g}"
-
-
-def format_time(iso: str) -> str:
-    """`5 January 2026, 13:45 UTC`."""
-    time = datetime.fromisoformat(iso).astimezone(UTC)
-    return f"{time.day} {time:%B %Y, %H:%M} UTC"
-
-
-def format_seconds(seconds: float) -> str:
-    """`42 s`, `3 min 20 s`, `2 h 5 min`."""
-    if seconds < 60:
-        return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 60:
-        return f"{minutes} min {rest} s"
-    return f"{minutes // 60} h {minutes % 60} min"
-
-
-def _rounded(name: str, value: float) -> str:
-    """A score for a headline: whole percents, except where that would claim all or nothing."""
-    percent = 100 * value
-    if describe(name).unit == "share" and (percent in (0, 100) or 0 < round(percent) < 100):
-        return f"{percent:.0f}{NARROW_SPACE}%"
-    return format_score(name, value)
+    return f"{done}: {title} {verb} from {round_score(metric, before)} to {round_score(metric, after)}."
 
 
 def _headline(decision: PromotionDecision, report: EvaluationReport) -> str | None:
@@ -237,8 +209,8 @@ def _change(name: str, value: float | None, reference: float | None, interval: I
     if value == reference or scale is None:
         return Change("", "", "same")
     arrow, unit = "↑" if value > reference else "↓", "points" if share else "%"
-    difference = f"{arrow} {_signed((value - reference) * scale)}{NARROW_SPACE}{unit}"
-    span = "" if interval is None else f"{_signed(interval.low * scale)} to {_signed(interval.high * scale)}"
+    difference = f"{arrow} {signed((value - reference) * scale)}{NARROW_SPACE}{unit}"
+    span = "" if interval is None else f"{signed(interval.low * scale)} to {signed(interval.high * scale)}"
     return Change(difference, span, _trend(name, value - reference, interval))
 
 
@@ -249,10 +221,6 @@ def _trend(name: str, difference: float, interval: Interval | None) -> str:
     if interval is not None and interval.low <= 0 <= interval.high:
         return "unsure"
     return "better" if (difference < 0) == lower else "worse"
-
-
-def _signed(value: float) -> str:
-    return f"{value:+.{1 if abs(value) < 100 else 0}f}".replace("-", "\u2212")
 
 
 def _plots(dataset: PreparedDataset, context: ReportContext) -> dict[str, Markup]:
@@ -282,6 +250,9 @@ def _costs(points: Sequence[Mapping[str, float]], timings_s: Mapping[str, float]
     memory = [point["peak_memory_gib"] for point in points if "peak_memory_gib" in point]
     if memory:
         costs.append(("Peak GPU memory", f"{max(memory):.1f} GiB"))
+    energy = [point["gpu_energy_j"] for point in points if "gpu_energy_j" in point]
+    if energy:
+        costs.append(("Energy of the GPUs in training", format_energy(sum(energy))))
     return costs
 
 

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from qlora_core.events import Metrics, Note, Progress, Report
 from qlora_core.modeling.rows import TokenRows
 from qlora_core.training import checkpoint
+from qlora_core.training.energy import EnergyMeter
 from qlora_core.training.history import read_history, write_history
 from qlora_core.training.later import Later
 from qlora_core.training.optimizer import Parameters, set_learning_rate
@@ -78,6 +79,7 @@ class Loop:
         self._adapter_parameters = sum(parameter.numel() for parameter in parameters.values())
         self._skipped = 0
         self._settled_at = 0.0
+        self._energy = EnergyMeter(parallel.device, parallel.processes if parallel.rank == 0 else 0, self.recipe.nodes)
 
     def run(self, start: int) -> list[Metrics]:
         """Train from the step after `start` to the end, and return the metrics of all steps."""
@@ -143,7 +145,7 @@ class Loop:
         now = time.perf_counter()
         seconds, self._settled_at = now - self._settled_at, now
         values = {"loss": loss, "learning_rate": pending.learning_rate, "grad_norm": grad_norm}
-        values |= self._speed(self.work.steps[pending.step - 1], seconds)
+        values |= self._speed(self.work.steps[pending.step - 1], seconds) | self._energy.since_last()
         if self._evaluates_after(pending.step):
             values[EVALUATION_LOSS] = self.evaluate()
             self._settled_at = time.perf_counter()

@@ -10,8 +10,8 @@ from qlora_core.artifacts import Differences, Interval, ModelScores, PreparedDat
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.evaluate import ReportContext, compare, differences
 from qlora_core.evaluation.examples import compare_answers
-from qlora_core.evaluation.report import format_score, format_seconds, format_time
 from qlora_core.evaluation.scored import ScoredAnswer
+from qlora_core.evaluation.wording import format_energy, format_score, format_seconds, format_time
 from qlora_core.gates import decide
 from qlora_core.recipe import Gate
 
@@ -122,13 +122,22 @@ def test_a_candidate_that_a_person_has_to_approve_is_not_called_promoted(
 def test_the_page_says_what_the_candidate_took(make: MakeScores, dataset: PreparedDataset, tmp_path: Path) -> None:
     curve = tmp_path / "curve.jsonl"
     speeds = [(1, 50.0, 3.0), (2, 1200.0, 3.5), (3, 1100.0, 3.2)]
-    points = [{"step": n, "loss": 1.0, "tokens_per_s": speed, "peak_memory_gib": gib} for n, speed, gib in speeds]
+    points = [
+        {"step": n, "loss": 1.0, "tokens_per_s": speed, "peak_memory_gib": gib, "gpu_energy_j": 24_000.0}
+        for n, speed, gib in speeds
+    ]
     curve.write_text("\n".join(map(json.dumps, points)))
     base, candidate = make("base", BASE, "no"), make("candidate", CANDIDATE, "the call")
     context = CONTEXT.model_copy(update={"curve": curve})
     compare(base, candidate, None, decide_on(CANDIDATE), dataset, context, tmp_path)
     words = " ".join(Page((tmp_path / "report.html").read_text()).words)
-    for cost in ("Train 2 min 4 s", "Training steps 3", "per second, median 1,100", "Peak GPU memory 3.5 GiB"):
+    for cost in (
+        "Train 2 min 4 s",
+        "Training steps 3",
+        "per second, median 1,100",
+        "Peak GPU memory 3.5 GiB",
+        "in training 20 Wh",
+    ):
         assert cost in re.sub(r"\s+", " ", words)
 
 
@@ -300,3 +309,8 @@ def test_intervals_in_the_report_are_those_that_gates_are_asked_with(
 
 def test_a_time_is_written_in_utc() -> None:
     assert format_time("2026-01-02T01:04:05+02:00") == "1 January 2026, 23:04 UTC"
+
+
+@pytest.mark.parametrize(("joules", "text"), [(1_800.0, "0.5 Wh"), (45_000.0, "12 Wh"), (12_240_000.0, "3.4 kWh")])
+def test_energy_reads_like_a_bill(joules: float, text: str) -> None:
+    assert format_energy(joules) == text
