@@ -22,7 +22,12 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The URL of a Prefect server on its own database."""
     home = tmp_path_factory.mktemp("prefect")
     port = free_port()
-    environment = {**os.environ, "PREFECT_HOME": str(home), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
+    environment = {
+        **os.environ,
+        "PREFECT_HOME": str(home),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+    }
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "server.log").open("wb") as log:
         server = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -37,11 +42,16 @@ def prefect_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 @pytest.fixture
 def environment(prefect_api: str, tmp_path: Path, downloads: Path) -> dict[str, str]:
     """What a user's shell would hold; everything else goes to a folder of this test."""
+    return shell(prefect_api, tmp_path / "home", downloads)
+
+
+def shell(prefect_api: str, home: Path, downloads: Path) -> dict[str, str]:
+    """The variables of a user's shell, for a home of its own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("QLORA_", "MLFLOW_", "PREFECT_"))}
     return {
         **kept,
         "PREFECT_API_URL": prefect_api,
-        "QLORA_HOME": str(tmp_path / "home"),
+        "QLORA_HOME": str(home),
         "QLORA_DOWNLOADS": str(downloads),
         "COLUMNS": "160",
     }
