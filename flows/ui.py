@@ -26,7 +26,7 @@ def serve(settings: Settings, mlflow_port: int, prefect_port: int, browser: bool
     """
     servers = {
         f"http://{HOST}:{mlflow_port}/health": ("MLflow", _start(_mlflow(settings, mlflow_port))),
-        f"http://{HOST}:{prefect_port}/api/health": ("Prefect", _start(_prefect(prefect_port))),
+        f"http://{HOST}:{prefect_port}/api/health": ("Prefect", _start_prefect(prefect_port)),
     }
     try:
         for url, (name, process) in servers.items():
@@ -54,7 +54,7 @@ def local_prefect(port: int) -> Iterator[None]:
     Raises:
         QloraError: it did not come up.
     """
-    server = _start(_prefect(port))
+    server = _start_prefect(port)
     try:
         _wait_until_healthy("Prefect", f"http://{HOST}:{port}/api/health", server)
         os.environ["PREFECT_API_URL"] = f"http://{HOST}:{port}/api"
@@ -65,8 +65,9 @@ def local_prefect(port: int) -> Iterator[None]:
         server.wait()
 
 
-def _start(command: list[str]) -> "subprocess.Popen[bytes]":
-    return subprocess.Popen([sys.executable, "-m", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+def _start(command: list[str], **more: str) -> "subprocess.Popen[bytes]":
+    command, environment = [sys.executable, "-m", *command], {**os.environ, **more}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def _mlflow(settings: Settings, port: int) -> list[str]:
@@ -75,8 +76,10 @@ def _mlflow(settings: Settings, port: int) -> list[str]:
     return ["mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1", *store, *place]
 
 
-def _prefect(port: int) -> list[str]:
-    return ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+def _start_prefect(port: int) -> "subprocess.Popen[bytes]":
+    """Its pages ask the server at port 4200 unless they are told."""
+    command = ["prefect", "server", "start", "--host", HOST, "--port", str(port)]
+    return _start(command, PREFECT_SERVER_UI_API_URL=f"http://{HOST}:{port}/api")
 
 
 def _wait_until_healthy(name: str, url: str, process: "subprocess.Popen[bytes]") -> None:
