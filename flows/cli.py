@@ -1,6 +1,7 @@
 """The `qlora` command. Every command imports what it needs when it runs, so that `--help` answers at once."""
 
 import os
+import shlex
 import signal
 import sys
 from pathlib import Path
@@ -253,12 +254,16 @@ def main() -> NoReturn:
 
 
 def _explain(error: Exception) -> NoReturn:
-    from qlora_core.errors import QloraError
+    from qlora_core.errors import QloraError, RegistryUnavailableError, SourceUnavailableError
 
     if not isinstance(error, QloraError):
         error = _failure_of_a_server(error)
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
+    if isinstance(error, RegistryUnavailableError | SourceUnavailableError):
+        from flows.show import this_program
+
+        print(f"later: {this_program()} {shlex.join(sys.argv[1:])}", file=sys.stderr)  # noqa: T201
     sys.exit(error.exit_code)
 
 

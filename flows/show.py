@@ -43,17 +43,19 @@ def show_outcome(outcome: "Outcome", settings: Settings) -> None:
         table.add_row(*row, *([format_number(metric, report.champion.get(metric))] if report.champion else []))
     console.print(table)
     console.print(f"\nreport    {report.path / 'report.html'}")
-    console.print(f"look      [bold]{_command()} ui[/]  (MLflow and Prefect in the browser)")
+    console.print(f"look      [bold]{this_program()} ui[/]  (MLflow and Prefect in the browser)")
     if outcome.verdict == "awaiting approval":
-        console.print(f"approve   [bold]{_command()} approve {outcome.name}@{outcome.version}[/]  (or with --reject)")
+        console.print(
+            f"approve   [bold]{this_program()} approve {outcome.name}@{outcome.version}[/]  (or with --reject)"
+        )
     if outcome.verdict != "promoted" and report.champion is None:
         return
     model = f"{outcome.name}@champion"
-    console.print(f"talk      [bold]{_command()} chat {model} --example[/]")
+    console.print(f"talk      [bold]{this_program()} chat {model} --example[/]")
     console.print(f"serve     models:/{model}   in MLflow at {settings.mlflow_uri}")
 
 
-def _command() -> str:
+def this_program() -> str:
     """How this user calls the command: by name where it is on the path, else by where it is."""
     return "qlora" if shutil.which("qlora") else os.path.relpath(sys.argv[0])
 

@@ -22,6 +22,8 @@ class Settings(BaseSettings):
     """Release archives and hub files, shared by several homes: `QLORA_DOWNLOADS`, by default `<home>/downloads`."""
     metrics_every_steps: int = 1
     """How often training metrics go to MLflow: `QLORA_METRICS_EVERY_STEPS`."""
+    retry: bool = True
+    """Whether stages wait for a network or server that fails, for minutes, and try again: `QLORA_RETRY`."""
 
     mlflow_server: str | None = Field(default=None, validation_alias="MLFLOW_TRACKING_URI")
     """The team's tracking server: `MLFLOW_TRACKING_URI`."""

@@ -26,6 +26,8 @@ Params = BaseModel | Mapping[str, Any]
 
 def worth_retrying(_task: object, _run: object, state: State[Any]) -> bool:
     """Whether the same call may succeed later: not when the user's input or the work itself is at fault."""
+    if not Settings().retry:
+        return False
     try:
         state.result()
     except (SourceUnavailableError, RegistryUnavailableError, ConnectionError, TimeoutError):

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -170,11 +170,9 @@ class Tracker:
         """Write how a run ended, whatever ended it."""
         try:
             yield
-        except Exception:
-            self.client.set_terminated(run_id, "FAILED")
-            raise
-        except BaseException:
-            self.client.set_terminated(run_id, "KILLED")
+        except BaseException as error:
+            with suppress(Exception):  # what ended it is what people must hear; reconcile ends a run left open
+                self.client.set_terminated(run_id, "FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         self.client.set_terminated(run_id, "FINISHED")
 
