@@ -18,6 +18,7 @@ from tasks.settings import Settings
 
 if TYPE_CHECKING:  # it knows all stages and what they need, torch too
     from tasks.promote_task import Outcome
+    from tasks.registry import Model, ModelRegistry
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:
@@ -27,6 +28,7 @@ VERDICTS = {
     "rejected": "[bold yellow]not promoted[/]",
     "awaiting approval": "[bold cyan]waits for approval[/]",
 }
+SHOWN_VERSIONS = 50
 SHOWN_SCORES = ("loss", "valid_call", "exact_call", "forgetting_perplexity")
 
 
@@ -61,21 +63,49 @@ def this_program() -> str:
 
 
 def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
-    """Versions with aliases, verdict, scores and lineage, newest first."""
-    from tasks.moves import edits_by_hand
+    """The newest versions with aliases, verdict, scores and lineage; all of them as JSON.
+
+    Without a name, and with more versions than a page holds, a line for each model instead.
+    """
     from tasks.registry import ModelRegistry
 
     registry = ModelRegistry(settings)
-    versions = [version for model in ([name] if name else registry.names()) for version in registry.versions(model)]
     if as_json:
-        console.print_json(json.dumps([version.model_dump(mode="json") for version in versions]))
+        found = registry.search(f"name = '{name}'" if name else None)
+        console.print_json(json.dumps([version.model_dump(mode="json") for version in found]))
         return
-    if not versions:
+    models = registry.models(f"name = '{name}'" if name else None)
+    if not models:
         console.print("No registered models yet; `qlora run deployments/recipes/quickstart.yaml` makes one.")
-    for edit in (edit for model in registry.names() for edit in edits_by_hand(registry, model)):
+    _warn_of_edits(registry, models)
+    shown = registry.search(f"name = '{name}'" if name else None, newest=SHOWN_VERSIONS)
+    if name is None and len(shown) == SHOWN_VERSIONS:
+        console.print(_overview(models, shown))
+        return
+    for model in dict.fromkeys(version.name for version in shown):
+        console.print(f"[bold]{model}[/]", _table([version for version in shown if version.name == model]))
+    if len(shown) == SHOWN_VERSIONS:
+        console.print(f"[dim]the newest {SHOWN_VERSIONS}; --json has all[/]")
+
+
+def _warn_of_edits(registry: "ModelRegistry", models: "list[Model]") -> None:
+    from tasks.moves import edits_of
+
+    for edit in (edit for model in models for edit in edits_of(registry, model)):
         console.print(f"[yellow]{edit}[/]")
-    for model in dict.fromkeys(version.name for version in versions):
-        console.print(f"[bold]{model}[/]", _table([version for version in versions if version.name == model]))
+
+
+def _overview(models: "list[Model]", newest: list[Version]) -> Table:
+    """A line a model: who serves, and what was judged last, if that is among the newest versions of all."""
+    table = Table("model", "champion", "previous", "last judged", "verdict", box=None, padding=(0, 1))
+    last = {version.name: version for version in reversed(newest)}
+    for model in models:
+        aliases = [str(model.aliases.get(alias, "")) for alias in ("champion", "previous")]
+        version = last.get(model.name)
+        judged = ("", "") if version is None else (str(version.number), version.tags.get("qlora.verdict", "open"))
+        table.add_row(model.name, *aliases, *judged)
+    table.caption = "qlora models MODEL shows its versions"
+    return table
 
 
 def _table(versions: list[Version]) -> Table:

@@ -84,12 +84,7 @@ def expire(registry: ModelRegistry, version: Version) -> None:
 
 def expire_all(registry: ModelRegistry) -> list[str]:
     """Expire every version whose time limit has passed; says which."""
-    waiting = [
-        version
-        for name in registry.names()
-        for version in registry.versions(name)
-        if version.tags.get("qlora.verdict") == AWAITING and seconds_left(version) < 0
-    ]
+    waiting = [v for v in registry.search(f"tags.`qlora.verdict` = '{AWAITING}'") if seconds_left(v) < 0]
     for version in waiting:
         expire(registry, version)
     return [f"{version.name}: version {version.number} expired, nobody approved it in time" for version in waiting]

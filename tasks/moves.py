@@ -22,7 +22,7 @@ from pydantic import Field
 from qlora_core.artifacts import Record
 from qlora_core.errors import ChampionChangedError, RegistryError
 from tasks.locks import registry_lock
-from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS, ModelRegistry, Version
+from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS, Model, ModelRegistry, Version
 
 MOVE, LEFT = "qlora.move", "qlora.aliases"
 PROMOTED, ROLLED_BACK = "promoted", "rolled back"
@@ -122,11 +122,16 @@ def settle(registry: ModelRegistry, name: str) -> str | None:
 
 def edits_by_hand(registry: ModelRegistry, name: str) -> list[str]:
     """What somebody changed in MLflow itself since the last move, in words."""
-    tags = registry.model_tags(name)
-    if LEFT not in tags or MOVE in tags:
+    model = registry.model(name)
+    return edits_of(registry, model) if model else []
+
+
+def edits_of(registry: ModelRegistry, model: Model) -> list[str]:
+    """The same for a model that was looked up; asks the registry only if there are any."""
+    if LEFT not in model.tags or MOVE in model.tags:
         return []
-    left, now = json.loads(tags[LEFT]), registry.aliases(name)
-    found = [_edit(registry, name, alias, left.get(alias), now.get(alias)) for alias in (CHAMPION, PREVIOUS)]
+    left, now = json.loads(model.tags[LEFT]), model.aliases
+    found = [_edit(registry, model.name, alias, left.get(alias), now.get(alias)) for alias in (CHAMPION, PREVIOUS)]
     return [edit for edit in found if edit is not None]
 
 

@@ -10,7 +10,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from tasks.approval import expire_all
-from tasks.moves import edits_by_hand, repair
+from tasks.moves import MOVE, edits_of, repair
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
 from tasks.tracking import Tracker, owner_is_alive, runs_here
@@ -18,6 +18,10 @@ from tasks.tracking import Tracker, owner_is_alive, runs_here
 INIT_PID = 1
 """Who inherits a process whose parent has died."""
 SERVER = "prefect.server.api.server:create_app"
+AGAIN = ", again"
+"""What is added to the name of a run that goes on where another one was killed."""
+MOST_RESTARTS = 3
+"""What has been killed so often will be killed again, out of memory perhaps: a person has to look."""
 
 
 def end_orphans(tracker: Tracker) -> list[str]:
@@ -36,9 +40,9 @@ def end_orphans(tracker: Tracker) -> list[str]:
 
 def repair_registry(registry: ModelRegistry) -> list[str]:
     """Finish moves that were cut short, expire approvals that nobody gave, and name edits that were made by hand."""
-    names = registry.names()
-    repaired = [done for name in names if (done := repair(registry, name))]
-    return repaired + expire_all(registry) + [edit for name in names for edit in edits_by_hand(registry, name)]
+    models = registry.models()
+    repaired = [done for model in models if MOVE in model.tags and (done := repair(registry, model.name))]
+    return repaired + expire_all(registry) + [edit for model in models for edit in edits_of(registry, model)]
 
 
 def end_stray_servers(settings: Settings) -> None:
@@ -72,18 +76,21 @@ def _flow_run_id(run: Run) -> str | None:
 
 
 def _crash(flow_run_id: str) -> None:
+    """End a flow run whose process is gone, unless Prefect has, and start again what a deployment had started."""
     with get_client(sync_client=True) as client:
         try:
             flow_run = client.read_flow_run(UUID(flow_run_id))
         except ObjectNotFound:
             return
-        if flow_run.state is not None and not flow_run.state.is_final():
+        if flow_run.state is None or not flow_run.state.is_final():
             message = "its process is gone; a new run goes on where it stopped"
             client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
-            if flow_run.deployment_id is not None:
-                client.create_flow_run_from_deployment(
-                    flow_run.deployment_id,
-                    parameters=flow_run.parameters,
-                    name=f"{flow_run.name}, again",
-                    idempotency_key=f"again {flow_run.id}",
-                )
+        elif not flow_run.state.is_crashed():  # failed or cancelled: somebody has to look, or did not want it
+            return
+        if flow_run.deployment_id is not None and flow_run.name.count(AGAIN) < MOST_RESTARTS:
+            client.create_flow_run_from_deployment(
+                flow_run.deployment_id,
+                parameters=flow_run.parameters,
+                name=flow_run.name + AGAIN,
+                idempotency_key=f"again {flow_run.id}",
+            )

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from qlora_core.artifacts import Record
@@ -23,6 +23,8 @@ from tasks.settings import Settings
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 TASK = "llm/v1/chat"
+PAGE = 1000
+"""Models or versions in one answer of MLflow."""
 LOGGED_MODEL = "qlora.logged_model"
 """Tag of a run: the model that it has logged."""
 
@@ -50,6 +52,14 @@ class Version(Record):
         return scores
 
 
+class Model(Record):
+    """A registered model: its tags, and the versions that its aliases point at."""
+
+    name: str
+    aliases: dict[str, int]
+    tags: dict[str, str]
+
+
 class ModelRegistry:
     """The registry of one MLflow server, or of the embedded database."""
 
@@ -57,30 +67,56 @@ class ModelRegistry:
         self.settings = settings
         self.client = client or MlflowClient(settings.mlflow_uri)
 
+    def models(self, filter_string: str | None = None) -> list[Model]:
+        """All registered models, or those that a filter finds, by name; one request for a thousand of them."""
+        found: list[Model] = []
+        token: str | None = None
+        while True:
+            page = self.client.search_registered_models(filter_string, max_results=PAGE, page_token=token)
+            found += [_model(model) for model in page]
+            token = page.token
+            if not token:
+                return found
+
+    def model(self, name: str) -> Model | None:
+        """One registered model, or None; MLflow reads every version of a model that is asked for by its name alone."""
+        found = self.models(f"name = '{name}'")
+        return found[0] if found else None
+
     def names(self) -> list[str]:
         """All registered models."""
-        return [model.name for model in self.client.search_registered_models(max_results=1000)]
+        return [model.name for model in self.models()]
 
-    def versions(self, name: str) -> list[Version]:
-        """All versions of a model, newest first; none when the model does not exist."""
-        aliases = self.aliases(name)
-        found = self.client.search_model_versions(f"name = '{name}'", max_results=10_000)
-        return sorted((_version(v, aliases) for v in found), key=lambda v: -v.number)
+    def versions(self, name: str, newest: int | None = None) -> list[Version]:
+        """The versions of a model, newest first, or only so many of them; none when the model does not exist."""
+        return self.search(f"name = '{name}'", newest)
+
+    def search(self, filter_string: str | None = None, newest: int | None = None) -> list[Version]:
+        """The versions that a filter finds, of each model the newest first, or only so many of the newest of all."""
+        found: list[ModelVersion] = []
+        token: str | None = None
+        order = ["version_number DESC"] if newest is None else ["creation_timestamp DESC"]
+        while newest is None or len(found) < newest:
+            page = self.client.search_model_versions(filter_string, newest or PAGE, order, token)
+            found += page
+            token = page.token
+            if not token:
+                break
+        names = {version.name for version in found}
+        models = [self.model(names.pop())] if len(names) == 1 else self.models() if names else []
+        aliases = {model.name: model.aliases for model in models if model is not None}
+        made = [_version(version, aliases.get(version.name, {})) for version in found]
+        return sorted(made, key=lambda version: (version.name, -version.number))
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias to version number; empty when the model does not exist."""
-        try:
-            model = self.client.get_registered_model(name)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return {}
-            raise
-        return {alias: int(number) for alias, number in model.aliases.items()}
+        model = self.model(name)
+        return model.aliases if model else {}
 
     def model_tags(self, name: str) -> dict[str, str]:
         """Tags of the registered model itself; empty when it does not exist."""
-        found = self.client.search_registered_models(f"name = '{name}'")
-        return dict(found[0].tags) if found else {}
+        model = self.model(name)
+        return model.tags if model else {}
 
     def at_alias(self, name: str, alias: str) -> Version | None:
         """The version that an alias points at, or None."""
@@ -238,6 +274,11 @@ class ModelRegistry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise RegistryError(f"the registry refused the name {name}: {error}") from error
+
+
+def _model(model: RegisteredModel) -> Model:
+    aliases = {alias: int(number) for alias, number in model.aliases.items()}
+    return Model(name=model.name, aliases=aliases, tags=dict(model.tags))
 
 
 def _version(version: ModelVersion, aliases: Mapping[str, int]) -> Version:
