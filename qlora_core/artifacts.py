@@ -96,6 +96,8 @@ class DataFile(Record):
     source: str
     """Where it came from, for people."""
     bytes: int
+    entry: int = 0
+    """Which of the recipe's sources it belongs to, counted from 0."""
 
 
 class DataSnapshot(Artifact):
@@ -104,6 +106,8 @@ class DataSnapshot(Artifact):
     rows: tuple[DataFile, ...]
     forgetting: tuple[DataFile, ...] = ()
     """Plain text that the model should still know after training."""
+    evaluation: tuple[DataFile, ...] = ()
+    """Rows for evaluation alone; without them `rows` are split."""
 
 
 class PreparedDataset(Artifact):

@@ -44,11 +44,11 @@ def twin_key(quantized: ModelSnapshot, twin: ModelSnapshot) -> str:
     return fingerprint("match", resolve.TWIN_VERSION, {}, inputs)
 
 
-def data_key(rows: Sequence[Resolved], forgetting: Sequence[Resolved]) -> str:
+def data_key(rows: Sequence[Resolved], forgetting: Sequence[Resolved], evaluation: Sequence[Resolved]) -> str:
     """Of the raw data files."""
     inputs = {
         f"{role}.{number}.{file.name}": file.revision
-        for role, files in (("rows", rows), ("forgetting", forgetting))
+        for role, files in (("rows", rows), ("forgetting", forgetting), ("evaluation", evaluation))
         for number, file in enumerate(files)
     }
     return fingerprint("download-data", resolve.VERSION, {}, inputs)
@@ -56,10 +56,9 @@ def data_key(rows: Sequence[Resolved], forgetting: Sequence[Resolved]) -> str:
 
 def prepare_key(recipe: Recipe, base: ModelSnapshot, raw: DataSnapshot) -> str:
     """Of the tokens and masks."""
-    part = recipe.data.model_dump(mode="json", exclude={"rows", "forgetting"})
-    return fingerprint(
-        "prepare", prepare.VERSION, {**part, "seed": recipe.seed}, {"base": base.digest, "raw": raw.digest}
-    )
+    part = recipe.data.model_dump(mode="json", exclude={"rows", "evaluation_rows", "forgetting"})
+    part |= {"shares": [share.model_dump() for share in recipe.data.shares], "seed": recipe.seed}
+    return fingerprint("prepare", prepare.VERSION, part, {"base": base.digest, "raw": raw.digest})
 
 
 def train_key(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) -> str:

@@ -29,7 +29,7 @@ def preflight(recipe: Recipe, settings: Settings) -> None:
     resolve_base(recipe, settings)
     resolve_merge_base(recipe, settings)
     resolve_data(recipe, settings)
-    for source in recipe.data.rows:
+    for source in (*recipe.data.rows, *recipe.data.evaluation_rows):
         if isinstance(source, LocalSource) and source.path.is_file():
             inspect(source.path)
 

@@ -54,7 +54,7 @@ def publish(recipe: Recipe, settings: Settings) -> str:
     """
     if settings.embedded_prefect:
         raise QloraError("PREFECT_API_URL is not set, so that nobody would hear of it; `qlora run` retrains here")
-    for source in recipe.data.rows:
+    for source in (*recipe.data.rows, *recipe.data.evaluation_rows):
         if isinstance(source, LocalSource) and source.path.is_file():
             inspect(source.path)
     revision = data_key(*resolve_data(recipe, settings))

@@ -1,9 +1,11 @@
 """What the recipe's sources are right now, and the raw files they name."""
 
+from collections.abc import Sequence
+
 from qlora_core.artifacts import DataSnapshot, ModelSnapshot
 from qlora_core.events import Report
 from qlora_core.hub.resolve import Resolved, fetch_data, fetch_model, find_twin, resolve
-from qlora_core.recipe import Recipe
+from qlora_core.recipe import Recipe, Source
 from qlora_core.store import Store
 from tasks.keys import data_key, model_key
 from tasks.settings import Settings
@@ -14,10 +16,13 @@ def resolve_base(recipe: Recipe, settings: Settings) -> Resolved:
     return resolve(recipe.model, "model", settings.downloads_folder)
 
 
-def resolve_data(recipe: Recipe, settings: Settings) -> tuple[list[Resolved], list[Resolved]]:
-    """The row files and the files of the forgetting check, pinned; nothing is fetched."""
-    rows = [resolve(source, "data", settings.downloads_folder) for source in recipe.data.rows]
-    return rows, [resolve(source, "data", settings.downloads_folder) for source in recipe.data.forgetting]
+def resolve_data(recipe: Recipe, settings: Settings) -> tuple[list[Resolved], list[Resolved], list[Resolved]]:
+    """The row files, those of the forgetting check and those for evaluation alone, pinned; nothing is fetched."""
+
+    def pinned(sources: Sequence[Source]) -> list[Resolved]:
+        return [resolve(source, "data", settings.downloads_folder) for source in sources]
+
+    return pinned(recipe.data.rows), pinned(recipe.data.forgetting), pinned(recipe.data.evaluation_rows)
 
 
 def obtain_base(recipe: Recipe, settings: Settings, report: Report) -> ModelSnapshot:
@@ -53,10 +58,10 @@ def obtain_twin(recipe: Recipe, base: ModelSnapshot, settings: Settings, report:
 
 def obtain_raw(recipe: Recipe, settings: Settings, report: Report) -> DataSnapshot:
     """The raw data files, from the store or fetched now."""
-    (rows, forgetting), downloads = resolve_data(recipe, settings), settings.downloads_folder
+    (rows, forgetting, evaluation), downloads = resolve_data(recipe, settings), settings.downloads_folder
     return Store(settings.store).obtain(
         DataSnapshot,
         "raw",
-        data_key(rows, forgetting),
-        lambda into: fetch_data(rows, forgetting, downloads, into, report),
+        data_key(rows, forgetting, evaluation),
+        lambda into: fetch_data(rows, forgetting, downloads, into, report, evaluation),
     )

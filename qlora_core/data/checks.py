@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterable
 
-from qlora_core.data.conversation import Message
+from qlora_core.data.conversation import Conversation
 from qlora_core.data.reasons import RowProblem
 
 CONTROL = bytes(byte for byte in range(32) if byte not in b"\t\n\r") + b"\x7f"
@@ -18,10 +18,13 @@ class TextChecks:
         self._special = re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
         self._openings = {token[0] for token in longest_first}
 
-    def check(self, messages: Iterable[Message]) -> None:
+    def check(self, conversation: Conversation) -> None:
         """Raise a `RowProblem` for the first message that is damaged."""
-        for at, message in enumerate(messages, 1):
-            self._check(message.content, f"turn {at} ({message.role})")
+        for at, message in enumerate(conversation.messages, 1):
+            where = f"turn {at} ({message.role})"
+            self._check(message.content, where)
+            if not conversation.plain:  # plain text may have been rendered before
+                self._check_special(message.content, where)
 
     def _check(self, text: str, where: str) -> None:
         try:
@@ -34,5 +37,7 @@ class TextChecks:
             raise RowProblem("control_character", f"{where} holds an invisible control character")
         if "{{" in text and (placeholder := PLACEHOLDER.search(text)):
             raise RowProblem("placeholder", f"{where} holds {placeholder.group()}")
+
+    def _check_special(self, text: str, where: str) -> None:
         if any(opening in text for opening in self._openings) and (token := self._special.search(text)):
             raise RowProblem("special_token", f"{where} holds {token.group()}")

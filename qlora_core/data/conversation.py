@@ -35,6 +35,8 @@ class Conversation(NamedTuple):
     file: str = ""
     row: int = 0
     """Counted from 1: the line of a JSONL file, the item of a JSON list."""
+    plain: bool = False
+    """Text that is learnt as it is: one message, which no chat template is asked about."""
 
     @property
     def place(self) -> str:

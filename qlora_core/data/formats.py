@@ -5,6 +5,7 @@
 - messages: OpenAI's messages [{role, content, tool_calls}], and optionally tools.
 - prompt_completion: prompt, completion.
 - transcript: text that was rendered before, parsed back into turns (`transcripts.py`).
+- text: the same field, learnt as it is; never found by looking, because a transcript's questions would be learnt too.
 
 In sharegpt and messages a turn with `"train": false` is read but not learnt.
 """
@@ -62,6 +63,8 @@ def to_conversation(row: Any, name: str, file: str, number: int) -> Conversation
     missing = sorted(form.fields - row.keys())
     if missing:
         raise RowProblem("missing_field", f"`{missing[0]}` is missing; the row has {_names(row)}")
+    if form is FORMATS["text"]:
+        return Conversation(tuple(form.read(row)), (), file, number, plain=True)
     messages = tuple(form.read(row))
     _check_turns(messages)
     return Conversation(messages, _tools(row.get("tools")), file, number)
@@ -121,12 +124,20 @@ def _transcript(row: Row) -> Iterator[Message]:
     return iter(parse(_text(row, "text")))
 
 
+def _whole_text(row: Row) -> Iterator[Message]:
+    text = _text(row, "text")
+    if not text.strip():
+        raise RowProblem("empty_message", "`text` is empty")
+    yield Message("assistant", text)
+
+
 FORMATS: dict[str, Format] = {
     "messages": Format(frozenset({"messages"}), _openai),
     "sharegpt": Format(frozenset({"conversations"}), _sharegpt),
     "alpaca": Format(frozenset({"instruction", "output"}), _alpaca),
     "prompt_completion": Format(frozenset({"prompt", "completion"}), _prompt_completion),
     "transcript": Format(frozenset({"text"}), _transcript),
+    "text": Format(frozenset({"text"}), _whole_text),
 }
 
 

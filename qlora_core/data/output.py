@@ -34,6 +34,8 @@ class Finished(NamedTuple):
     """What was cut, if the row was too long."""
     part: int = 0
     """Counted from 1 where a row became several."""
+    copies: int = 1
+    """How often it is trained on."""
 
     @property
     def row_id(self) -> str:
@@ -80,6 +82,10 @@ class Output:
     def write(self, rows: Sequence[Finished]) -> None:
         """Append rows to their side; those that are too long are counted instead."""
         kept = [row for row in rows if self._fits(row)]
+        for row in kept:
+            if row.cut and row.part <= 1:
+                self._tally.notice(RowProblem("shortened", row.cut), row.file, row.row)
+        kept = [row for row in kept for _ in range(1 if row.evaluation else row.copies)]
         train = [row for row in kept if not row.evaluation]
         evaluation = [row for row in kept if row.evaluation]
         self._write_train([_token_row(row) for row in train])
@@ -91,8 +97,6 @@ class Output:
         for row in kept:
             (self.evaluation if row.evaluation else self.train).add(row.tokens)
             self.reused_rows += row.reused
-            if row.cut and row.part <= 1:
-                self._tally.notice(RowProblem("shortened", row.cut), row.file, row.row)
         missing = PREVIEW_ROWS - len(self.preview)
         self.preview += [(row.row_id, row.tokens) for row in train[:missing]]
 

@@ -59,12 +59,11 @@ def _fitting(row: Finished, candidate: Candidate, shortener: Shortener) -> Itera
 
 
 def _finished(candidate: Candidate, tokens: Tokens | None, asked: Tokens | None) -> Finished:
-    place = candidate.file, candidate.row, candidate.key, candidate.evaluation
+    place, copies = (candidate.file, candidate.row, candidate.key, candidate.evaluation), candidate.copies
     if candidate.known is not None:
         prompt = candidate.known.prompt
-        return Finished(
-            *place, candidate.known.tokens, prompt._replace(row_id=candidate.row_id) if prompt else None, reused=True
-        )
+        named = prompt._replace(row_id=candidate.row_id) if prompt else None
+        return Finished(*place, candidate.known.tokens, named, reused=True, copies=copies)
     assert tokens is not None
     prompt = candidate.prompt._replace(prompt_ids=asked.ids.tolist()) if candidate.prompt and asked else None
-    return Finished(*place, tokens, prompt, reused=False)
+    return Finished(*place, tokens, prompt, reused=False, copies=copies)

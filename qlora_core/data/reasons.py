@@ -22,7 +22,8 @@ REASONS: dict[str, Reason] = {
     "wrong_type": Reason("a field holds another type than it must", "text fields are strings, turns are lists"),
     "unknown_role": Reason("a turn has a role that is not known", "use system, user, assistant or tool"),
     "unknown_transcript": Reason(
-        "the text is no transcript of a known form", "use ChatML, [INST] or ### Human:, or another format"
+        "the text is no transcript of a known form",
+        "use ChatML, [INST] or ### Human:, or data.format: text, which learns all of it",
     ),
     "role_order": Reason("the turns are out of order", "a conversation starts with system or user turns"),
     "bad_tools": Reason("the tools are not a JSON list of objects", "write tools as a JSON list"),
@@ -43,6 +44,12 @@ REASONS: dict[str, Reason] = {
         bad=False,
     ),
     "duplicate": Reason("the same row came before", "nothing; one copy is kept", bad=False),
+    "leak": Reason(
+        "the same row is on the other side of the split", "nothing; the first is kept, so none is on both", bad=False
+    ),
+    "left_out": Reason(
+        "`weight` or `max_rows` of its source leaves the row out", "nothing; raise them to use more", bad=False
+    ),
     "near_duplicate": Reason(
         "another row says almost the same", "look at both; data.near_duplicates: drop removes the later one", bad=False
     ),

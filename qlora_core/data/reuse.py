@@ -1,6 +1,7 @@
 """Tokens of an earlier data set: rows that are in it already are not rendered and tokenized again."""
 
 from collections.abc import Iterable
+from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +33,11 @@ class Earlier:
             return
         self._rows = (TokenRows(path / "train.arrow"), TokenRows(path / "evaluation.arrow"))
         self._prompts = read_prompts(path / "prompts.arrow")
+        numbers = (count(), count())
         with pa.memory_map(str(path / KEYS_FILE)) as file:
             for batch in pa.ipc.open_file(file).read_all().to_batches():
                 for key, evaluation in zip(batch[0].to_pylist(), batch[1].to_pylist(), strict=True):
-                    places = self._places[evaluation]
-                    places[key] = len(places)
+                    self._places[evaluation][key] = next(numbers[evaluation])
 
     def find(self, key: bytes, evaluation: bool) -> Known | None:
         """The tokens of the row with this content, if it was on this side of the split."""

@@ -30,6 +30,10 @@ class SeenKeys:
             self._recent.clear()
         return True
 
+    def __contains__(self, key: bytes) -> bool:
+        short = int.from_bytes(key[:8], "little")
+        return short in self._recent or self._holds(short)
+
     def _holds(self, short: int) -> bool:
         """By `bisect`: NumPy would hand the interpreter over to the tokenizer's threads at every single row."""
         at = bisect_left(self._sorted, short)

@@ -1,4 +1,7 @@
-"""Rows that are too long, cut between two exchanges: what a user says, and all that follows until they speak again."""
+"""Rows that are too long, cut between two exchanges: what a user says, and all that follows until they speak again.
+
+A plain text is cut between two lines.
+"""
 
 from bisect import bisect_left
 from collections.abc import Iterator
@@ -33,7 +36,7 @@ class Shortener:
         """What is kept of a conversation that is too long, each with its system prompt and something to learn."""
         if self._policy not in ("truncate", "split"):
             return []
-        system, exchanges = _exchanges(conversation.messages)
+        system, exchanges = _lines(conversation) if conversation.plain else _exchanges(conversation.messages)
         parts: list[Part] = []
         start = 0
         while start < len(exchanges) and not (parts and self._policy == "truncate"):
@@ -56,7 +59,10 @@ class Shortener:
         """The most exchanges from the start that fit, and how many they are."""
 
         def part(count: int) -> Part | None:
-            return self._part(conversation._replace(messages=(*system, *chain.from_iterable(exchanges[:count]))))
+            messages = (*system, *chain.from_iterable(exchanges[:count]))
+            if conversation.plain:
+                messages = (Message("assistant", "".join(line.content for line in messages)),)
+            return self._part(conversation._replace(messages=messages))
 
         count = bisect_left(range(1, len(exchanges) + 1), True, key=lambda at: _too_long(part(at), self.limit))
         found = part(count) if count else None
@@ -72,6 +78,11 @@ class Shortener:
 
 def _too_long(part: Part | None, limit: int) -> bool:
     return part is None or len(part.tokens.ids) > limit
+
+
+def _lines(text: Conversation) -> tuple[list[Message], list[list[Message]]]:
+    """The lines of a plain text, which is cut between them."""
+    return [], [[Message("assistant", line)] for line in text.messages[0].content.splitlines(keepends=True)]
 
 
 def _exchanges(messages: tuple[Message, ...]) -> tuple[list[Message], list[list[Message]]]:

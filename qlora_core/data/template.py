@@ -81,6 +81,8 @@ class ChatTemplate:
         Raises:
             RowProblem: the template refuses the conversation, or writes something else than its messages.
         """
+        if conversation.plain:
+            return self._plain(conversation.messages[0].content)
         fitted = fit(conversation, self.abilities)
         skeleton = self._skeleton(fitted)
         text, places = self._write(fitted, skeleton)
@@ -96,6 +98,11 @@ class ChatTemplate:
 
         Its ids are left empty. Its messages are the turns before the answer, as a server would be sent them.
         """
+        if conversation.plain:
+            start, end = rendered.answer
+            begun = rendered.text[:start]
+            turn = json.dumps([{"role": "user", "content": begun}], ensure_ascii=False)
+            return PromptRow(conversation.place, [], begun, rendered.text[start:end].strip(), turn)
         fitted = fit(conversation, self.abilities)
         asked = _upto(fitted, max(at for at, m in enumerate(fitted.messages) if m.role == "assistant"))
         return PromptRow(
@@ -105,6 +112,19 @@ class ChatTemplate:
             expected=rendered.text[slice(*rendered.answer)].removesuffix(self.turn_end).strip(),
             messages=json.dumps([_as_dict(message) for message in asked.messages], ensure_ascii=False),
         )
+
+    def _plain(self, text: str) -> Rendered:
+        """The text between the tokens that begin and end a text for this tokenizer; its second half is the answer."""
+        tokenizer = self._tokenizer
+        begins = tokenizer.bos_token if tokenizer.encode("")[:1] == [tokenizer.bos_token_id] else ""
+        opening = "" if not begins or text.startswith(begins) else begins
+        ends = tokenizer.eos_token or ""
+        closing = "" if text.rstrip().endswith(ends) else ends
+        middle = len(text) // 2
+        half = text.rfind(" ", 0, middle + 1)
+        start = len(opening) + (half if half > 0 else middle)
+        whole = opening + text + closing
+        return Rendered(whole, ((len(opening), len(whole)),), (start, len(opening) + len(text)))
 
     def _write(self, conversation: Conversation, skeleton: _Skeleton) -> tuple[str, list[Span]]:
         """The text, and where each message stands in it."""

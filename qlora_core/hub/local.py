@@ -18,7 +18,7 @@ def resolve(source: LocalSource, role: Role, downloads: Path) -> Resolved:
         SourceError: the path does not exist or holds nothing that can be used.
     """
     path = source.path
-    if not path.exists():
+    if not path.exists() and not (role == "data" and _is_pattern(path)):
         near = sorted(p.name for p in path.parent.iterdir())[:10] if path.parent.is_dir() else []
         hint = f"that folder holds {', '.join(near)}" if near else f"the folder {path.parent} does not exist either"
         raise SourceError(f"path: {path} does not exist; {hint}. A relative path starts at the recipe's folder")
@@ -72,7 +72,16 @@ def _model(source: LocalSource) -> Files:
 def _data(path: Path) -> Files:
     if path.is_file():
         return {path.name: path}
-    return {name: path / name for name in select_data_files(_names(path), str(path))}
+    if path.exists() or not _is_pattern(path):
+        return {name: path / name for name in select_data_files(_names(path), str(path))}
+    folder = next(parent for parent in path.parents if not _is_pattern(parent))
+    fitting = folder.glob(path.relative_to(folder).as_posix())
+    found = [file.relative_to(folder).as_posix() for file in fitting if file.is_file()]
+    return {name: folder / name for name in select_data_files(found, str(path))}
+
+
+def _is_pattern(path: Path) -> bool:
+    return any(sign in path.as_posix() for sign in "*?[")
 
 
 def _names(folder: Path) -> list[str]:

@@ -9,6 +9,7 @@ learned is remembered, so that a second run asks nothing and an offline run work
 """
 
 import difflib
+import fnmatch
 import hashlib
 import importlib
 import json
@@ -113,7 +114,7 @@ def model_files(source: HubSource, resolved: Resolved, downloads: Path, scratch:
 
 
 def data_files(source: HubSource, resolved: Resolved, downloads: Path, scratch: Path, report: Report) -> Files:
-    """The one file that the recipe names, or all data files.
+    """The file or files that the recipe names, or all data files.
 
     Raises:
         SourceError: the repository does not have them, or sent wrong bytes.
@@ -121,10 +122,11 @@ def data_files(source: HubSource, resolved: Resolved, downloads: Path, scratch: 
     """
     tree = _tree(source, "data", resolved.revision, downloads)
     where = f"{source.repo} on {source.source}"
-    if source.file is not None and source.file not in tree:
+    named = source.file and (fnmatch.filter(tree, source.file) or [name for name in tree if name == source.file])
+    if source.file is not None and not named:
         near = difflib.get_close_matches(source.file, tree, n=5, cutoff=0.3) or sorted(tree)[:5]
         raise SourceError(f"{where} holds no file {source.file}; it has {', '.join(near)}")
-    names = [source.file] if source.file is not None else select_data_files(tree, where)
+    names = sorted(named) if named else select_data_files(tree, where)
     return _fetch(source, "data", resolved.revision, [tree[name] for name in names], downloads, report)
 
 

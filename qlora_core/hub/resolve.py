@@ -128,9 +128,14 @@ def prove_twin(quantized: ModelSnapshot, twin: ModelSnapshot, into: Path, report
 
 
 def fetch_data(
-    rows: Sequence[Resolved], forgetting: Sequence[Resolved], downloads: Path, into: Path, report: Report
+    rows: Sequence[Resolved],
+    forgetting: Sequence[Resolved],
+    downloads: Path,
+    into: Path,
+    report: Report,
+    evaluation: Sequence[Resolved] = (),
 ) -> DataSnapshot:
-    """Write the raw files into `into/rows` and `into/forgetting`, in the order given, under unique names.
+    """Write the raw files into a folder for each role, in the order given, under unique names.
 
     Raises:
         SourceError: a source holds no data files, or not what was pinned.
@@ -141,6 +146,7 @@ def fetch_data(
         path=into,
         rows=_fetch_all(rows, "rows", downloads, into, report),
         forgetting=_fetch_all(forgetting, "forgetting", downloads, into, report),
+        evaluation=_fetch_all(evaluation, "evaluation", downloads, into, report),
     )
     discard(into / "scratch")
     return snapshot
@@ -163,6 +169,7 @@ def _fetch_all(
                     name=target.relative_to(into).as_posix(),
                     source=resolved.description,
                     bytes=target.stat().st_size,
+                    entry=number,
                 )
             )
     return tuple(found)

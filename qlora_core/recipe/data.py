@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from qlora_core.recipe.part import Fraction, Part
-from qlora_core.recipe.sources import Source
+from qlora_core.recipe.sources import RowsSource, Share, Source
 
 
 class ToolCalls(Part):
@@ -19,24 +19,32 @@ class ToolCalls(Part):
 class Split(Part):
     """Which rows are kept for evaluation: a stable hash of the key decides, so that new rows never move old ones."""
 
-    by: Literal["row", "function", "column"] = "row"
-    """`function`: all rows that call one function land on the same side; `column`: all with one value in `column`."""
+    by: Literal["row", "function", "column", "label"] = "row"
+    """`function`: all rows that call one function land on the same side; `column`: all with one value in `column`;
+    `label`: `column` says the side itself."""
     column: str | None = None
-    """A field of the raw rows, such as a conversation's id."""
+    """A field of the raw rows: a conversation's id, or the label."""
+    evaluation_labels: tuple[str, ...] = ()
+    """Rows whose label is one of these are for evaluation, all others for training."""
     evaluation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
 
     @model_validator(mode="after")
     def _column_where_it_is_used(self) -> Self:
-        if (self.by == "column") != (self.column is not None):
-            raise PydanticCustomError("split_column", "`by: column` needs a `column`, and nothing else takes one")
+        if (self.by in ("column", "label")) != (self.column is not None):
+            raise PydanticCustomError("split_column", "`by: column` and `by: label` need a `column`, nothing else does")
+        if (self.by == "label") != bool(self.evaluation_labels):
+            raise PydanticCustomError("split_labels", "`by: label` needs `evaluation_labels`, and nothing else does")
         return self
 
 
 class DataRecipe(Part):
     """Prepare: from raw files to tokens and loss masks."""
 
-    rows: Annotated[tuple[Source, ...], Field(min_length=1)]
-    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "transcript"] = "auto"
+    rows: Annotated[tuple[RowsSource, ...], Field(min_length=1)]
+    evaluation_rows: tuple[Source, ...] = ()
+    """Rows for evaluation alone; those of `rows` are then all for training, and `split` is not used."""
+    format: Literal["auto", "alpaca", "sharegpt", "messages", "prompt_completion", "transcript", "text"] = "auto"
+    """`text`: the field `text` is learnt as it is, whole, without the chat template."""
     loss: Literal["assistant_turns", "last_turn", "everything"] = "assistant_turns"
     """What is learnt: the assistant's turns with their ends, only the last of them, or every token."""
     tool_calls: ToolCalls | None = None
@@ -52,3 +60,14 @@ class DataRecipe(Part):
     forgetting: tuple[Source, ...] = ()
     """Plain text whose perplexity is measured before and after, as a check against forgetting."""
     forgetting_tokens: Annotated[int, Field(ge=64)] = 4096
+
+    @property
+    def shares(self) -> tuple[Share, ...]:
+        """How much of each source of `rows` is used."""
+        return tuple(Share(weight=source.weight, max_rows=source.max_rows) for source in self.rows)
+
+    @model_validator(mode="after")
+    def _one_kind_of_split(self) -> Self:
+        if self.evaluation_rows and self.split != Split():
+            raise PydanticCustomError("two_splits", "`evaluation_rows` are given, so `split` has no use; remove one")
+        return self

@@ -3,7 +3,7 @@
 import json
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -15,6 +15,8 @@ from qlora_core.recipe.merge import MergeRecipe
 from qlora_core.recipe.part import Part
 from qlora_core.recipe.sources import HubSource, LocalSource, Source
 from qlora_core.recipe.train import TrainRecipe
+
+S = TypeVar("S", bound=Source)
 
 
 class Recipe(Part):
@@ -131,15 +133,11 @@ def _short(value: Any) -> str:
 def _anchor(recipe: Recipe, folder: Path) -> Recipe:
     """Make local paths absolute, starting at the recipe's own folder."""
 
-    def absolute(source: Source) -> Source:
+    def absolute(source: S) -> S:
         return source.model_copy(update={"path": folder / source.path}) if isinstance(source, LocalSource) else source
 
-    data = recipe.data.model_copy(
-        update={
-            "rows": tuple(absolute(s) for s in recipe.data.rows),
-            "forgetting": tuple(absolute(s) for s in recipe.data.forgetting),
-        }
-    )
+    lists = ("rows", "evaluation_rows", "forgetting")
+    data = recipe.data.model_copy(update={name: tuple(map(absolute, getattr(recipe.data, name))) for name in lists})
     merge_base = recipe.merge_base and absolute(recipe.merge_base)
     train = recipe.train.model_copy(update={"deepspeed": _deepspeed(recipe.train.deepspeed, folder)})
     updated = {"model": absolute(recipe.model), "merge_base": merge_base, "data": data, "train": train}

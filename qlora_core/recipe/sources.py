@@ -37,6 +37,7 @@ class LocalSource(Part):
 
     source: Literal["local"]
     path: Path
+    """For data also a pattern: `rows/*.jsonl`, or `rows/**/*.jsonl` for folders in folders too."""
     revision: Sha256 | None = None
     """What the content must be ; `null` takes whatever is there."""
     trust_remote_code: bool = False
@@ -57,7 +58,7 @@ class HubSource(Part):
     revision: str | None = None
     """A branch, tag or commit; `null` is the hub's default branch."""
     file: str | None = None
-    """For data: the one file to read; `null` takes every data file of the repository."""
+    """For data: the file to read, or a pattern of names; `null` takes every data file of the repository."""
     trust_remote_code: bool = False
     """For models: fetch the repository's Python files and let transformers run them; `revision` must be a commit."""
     alternatives: tuple["HubSource", ...] = ()
@@ -71,3 +72,27 @@ class HubSource(Part):
 
 
 Source = Annotated[PackageSource | LocalSource | HubSource, Field(discriminator="source")]
+
+
+class Share(Part):
+    """How much of a source of rows is used, where there are several."""
+
+    weight: Annotated[float, Field(gt=0, le=100)] = 1.0
+    """0.25 takes a quarter of the rows, always the same ones; 2 trains on every row twice. Evaluation has each once."""
+    max_rows: Annotated[int, Field(ge=1)] | None = None
+    """No more than the first so many usable rows."""
+
+
+class PackageRows(PackageSource, Share):
+    """Rows inside a release on the Python package index."""
+
+
+class LocalRows(LocalSource, Share):
+    """Rows on this machine."""
+
+
+class HubRows(HubSource, Share):
+    """Rows in a repository of a hub."""
+
+
+RowsSource = Annotated[PackageRows | LocalRows | HubRows, Field(discriminator="source")]

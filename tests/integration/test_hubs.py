@@ -229,6 +229,14 @@ def test_a_data_set_of_the_same_name_is_another_thing(hub):
     assert [(file.name, file.bytes) for file in snapshot.rows] == [("rows/train.jsonl", 9)]
 
 
+def test_a_data_file_may_be_named_by_a_pattern(hub):
+    files = {f"{name}.jsonl": b"{}" for name in ("train-2", "train-1", "test-1")}
+    hub.server.commit("datasets", "acme/rows", files)
+    resolved = resolve(hub.source(repo="acme/rows", file="train-*.jsonl"), "data", hub.downloads)
+    snapshot = fetch_data([], [], hub.downloads, hub.downloads.parent / "data", ignore, [resolved])
+    assert [file.name for file in snapshot.evaluation] == ["evaluation/train-1.jsonl", "evaluation/train-2.jsonl"]
+
+
 def test_an_unreachable_hub_is_worth_a_retry(hub, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", NEVER_ANSWERS)
     monkeypatch.setenv("MODELSCOPE_ENDPOINT", NEVER_ANSWERS)

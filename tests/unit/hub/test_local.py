@@ -94,3 +94,18 @@ def test_a_source_that_changes_after_it_was_pinned_is_refused(tmp_path):
     rows.write_text("[1, 2]")
     with pytest.raises(SourceError, match="changed while it was being used"):
         local.data_files(source_of(rows), resolved, tmp_path, tmp_path, ignore)
+
+
+def test_a_pattern_takes_the_data_files_that_fit(tmp_path):
+    folder = tmp_path / "data"
+    (folder / "more").mkdir(parents=True)
+    for name in ("a1.jsonl", "a2.jsonl", "b1.jsonl", "a3.png", "more/a4.jsonl"):
+        (folder / name).write_text("{}\n")
+    assert sorted(data_files(folder / "a*", tmp_path / "downloads")) == ["a1.jsonl", "a2.jsonl"]
+    assert sorted(data_files(folder / "**" / "a*.jsonl", tmp_path / "downloads")) == [
+        "a1.jsonl",
+        "a2.jsonl",
+        "more/a4.jsonl",
+    ]
+    with pytest.raises(SourceError, match=r"c\* holds no data files"):
+        data_files(folder / "c*", tmp_path / "downloads")
