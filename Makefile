@@ -18,10 +18,10 @@ ui: $(STAMP)     ## the MLflow UI and the Prefect UI of the quickstart
 	@$(BIN)/qlora ui
 
 test: $(STAMP)   ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not gptq" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not gptq and not extras" --numprocesses 2 --dist loadfile
 
-test-gptq: $(GPTQ_STAMP)  ## the tests of GPTQ bases, in an environment that has GPTQModel as well
-	$(GPTQ)/bin/python -m pytest -m gptq
+test-gptq: $(GPTQ_STAMP)  ## the tests of GPTQ bases and of the lm-evaluation-harness, in an environment that has them
+	$(GPTQ)/bin/python -m pytest -m "gptq or extras"
 
 team-test: $(STAMP)  ## a team's servers, a worker, schedules and events, on this machine; stopped at the end
 	$(BIN)/python -m pytest tests/integration/test_team.py
@@ -45,5 +45,5 @@ $(GPTQ_STAMP): $(STAMP)
 	$(PYTHON) -m venv $(GPTQ)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(GPTQ)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
-	$(GPTQ)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gptq]'
+	$(GPTQ)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gptq,eval]'
 	@touch $@

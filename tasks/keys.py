@@ -82,7 +82,7 @@ def export_key(kind: Kind, model_digest: str, dataset: PreparedDataset) -> str:
 
 def scores_key(recipe: Recipe, model_digest: str, dataset: PreparedDataset) -> str:
     """Of one model's scores; a model that was evaluated on these rows before is not evaluated again."""
-    part = {"evaluation": recipe.evaluation, "seed": recipe.seed}
+    part = {"evaluation": evaluate.decisive(recipe.evaluation), "seed": recipe.seed}
     return fingerprint("scores", evaluate.VERSION, part, {"model": model_digest, "data": dataset.digest})
 
 
@@ -106,4 +106,9 @@ def _decisive(train: TrainRecipe) -> dict[str, object]:
 def _judging(recipe: Recipe) -> dict[str, object]:
     """What decides a verdict; who has to approve it afterwards does not."""
     gates = [gate.model_dump(mode="json") for gate in recipe.promotion.gates]
-    return {"evaluation": recipe.evaluation, "gates": gates, "seed": recipe.seed, "name": recipe.name}
+    return {
+        "evaluation": evaluate.decisive(recipe.evaluation),
+        "gates": gates,
+        "seed": recipe.seed,
+        "name": recipe.name,
+    }

@@ -1,6 +1,7 @@
 """The front door: score one model in a process of its own, and compare scored models in a report."""
 
 from pathlib import Path
+from typing import Any
 
 from qlora_core.artifacts import (
     Differences,
@@ -18,6 +19,7 @@ from qlora_core.evaluation.scored import FILES, read_rows, row_sums
 from qlora_core.events import Report
 from qlora_core.process import run_child
 from qlora_core.recipe import EvaluationRecipe
+from qlora_core.store import sha256_of_file
 
 VERSION = 2
 REPORT_VERSION = 3
@@ -51,6 +53,16 @@ def evaluate(
     )
     record = run_child("qlora_core.evaluation.worker:run", spec, into / "child", report)
     return ModelScores.model_validate(record)
+
+
+def decisive(recipe: EvaluationRecipe) -> dict[str, Any]:
+    """What of the recipe decides scores: all but where the files of the harness are, and what is in them."""
+    part = recipe.model_dump(mode="json", exclude={"harness": {"folder"}})
+    if recipe.harness is not None:
+        folder = recipe.harness.folder
+        files = sorted(file for file in folder.rglob("*") if file.is_file() and file.suffix != ".pyc")
+        part["harness"]["files"] = {file.relative_to(folder).as_posix(): sha256_of_file(file) for file in files}
+    return part
 
 
 def differences(base: ModelScores, candidate: ModelScores, champion: ModelScores | None) -> Differences:
@@ -118,6 +130,7 @@ __all__ = [
     "ReportContext",
     "check_metrics",
     "compare",
+    "decisive",
     "differences",
     "evaluate",
     "known_metrics",

@@ -11,6 +11,7 @@ import difflib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 from qlora_core.errors import EvaluationError, RecipeError
@@ -18,7 +19,7 @@ from qlora_core.recipe import EvaluationRecipe, Gate
 
 ENTRY_POINTS = "qlora_flows.metrics"
 
-Need = Literal["loss", "forgetting", "answers", "choices", "latency"]
+Need = Literal["loss", "forgetting", "answers", "choices", "latency", "harness"]
 RowScores = dict[str, float]
 AnswerScorer = Callable[[str, str], RowScores]
 """`(expected, answer)` to one value per score."""
@@ -107,6 +108,7 @@ def check_metrics(recipe: EvaluationRecipe, gates: Iterable[Gate]) -> None:
     """
     metrics = find_metrics(recipe.metrics)
     make_scorer(metrics, recipe)
+    _check_harness(recipe)
     if any(not metric.scores for metric in metrics.values()):
         return  # what a package of one's own scores is known only from its answers
     scored = {*METRICS["loss"].scores, *(score for metric in metrics.values() for score in metric.scores)}
@@ -119,6 +121,18 @@ def check_metrics(recipe: EvaluationRecipe, gates: Iterable[Gate]) -> None:
             raise RecipeError(
                 f"the gate on `{gate.metric}` asks for significance, which a time has none of; give it a `tolerance`"
             )
+
+
+def _check_harness(recipe: EvaluationRecipe) -> None:
+    harness = recipe.harness
+    if (harness is None) == ("harness" in recipe.metrics):
+        raise RecipeError("`harness` in evaluation.metrics and the section `evaluation.harness` go together")
+    if harness is None:
+        return
+    if not harness.folder.is_dir():
+        raise RecipeError(f"evaluation.harness.folder: there is no folder {harness.folder}")
+    if find_spec("lm_eval") is None:
+        raise RecipeError("the metric `harness` needs the lm-evaluation-harness: pip install 'qlora-flows[eval]'")
 
 
 def _unscored(score: str, scored: set[str]) -> str:
@@ -256,6 +270,7 @@ METRICS: dict[str, Metric] = {
     "forgetting": Metric("forgetting", ("forgetting_perplexity",)),
     "choice": Metric("choices", ("choice_accuracy",)),
     "latency": Metric("latency", ("latency_s",)),
+    "harness": Metric("harness", ()),
     "exact_match": Metric("answers", ("exact_match",), lambda _: _exact_match),
     "json_valid": Metric("answers", ("json_valid",), lambda _: _json_valid),
     "json_schema": Metric("answers", ("schema_valid",), _json_schema),

@@ -18,7 +18,13 @@ from qlora_core.store import write_atomically
 
 R = TypeVar("R", bound=Record)
 
-ROWS, OTHER, ANSWERS, CHOICES = FILES = ("rows.jsonl", "forgetting.jsonl", "answers.jsonl", "choices.jsonl")
+ROWS, OTHER, ANSWERS, CHOICES, HARNESS = FILES = (
+    "rows.jsonl",
+    "forgetting.jsonl",
+    "answers.jsonl",
+    "choices.jsonl",
+    "harness.jsonl",
+)
 
 
 class RowLoss(Record):
@@ -58,6 +64,15 @@ class RowChoice(Record):
     chosen: str
 
 
+class HarnessRow(Record):
+    """What one model scored on one example of a task of the lm-evaluation-harness."""
+
+    task: str
+    example: int
+    metrics: RowScores
+    """By `<task>_<metric>`."""
+
+
 class Rows(Record):
     """Everything that one model scored, row by row."""
 
@@ -65,11 +80,18 @@ class Rows(Record):
     other: tuple[RowLoss, ...] = ()
     answers: tuple[ScoredAnswer, ...] = ()
     choices: tuple[RowChoice, ...] = ()
+    harness: tuple[HarnessRow, ...] = ()
 
 
 def write_rows(folder: Path, rows: Rows) -> None:
     """Write what there is."""
-    parts = {ROWS: rows.losses, OTHER: rows.other, ANSWERS: rows.answers, CHOICES: rows.choices}
+    parts = {
+        ROWS: rows.losses,
+        OTHER: rows.other,
+        ANSWERS: rows.answers,
+        CHOICES: rows.choices,
+        HARNESS: rows.harness,
+    }
     for name, part in parts.items():
         if part:
             write_atomically(folder / name, "".join(row.model_dump_json() + "\n" for row in part))
@@ -82,6 +104,7 @@ def read_rows(folder: Path) -> Rows:
         other=_read(folder / OTHER, RowLoss),
         answers=_read(folder / ANSWERS, ScoredAnswer),
         choices=_read(folder / CHOICES, RowChoice),
+        harness=_read(folder / HARNESS, HarnessRow),
     )
 
 
@@ -94,6 +117,9 @@ def row_sums(rows: Rows) -> dict[str, RowSums]:
         found |= _answer_sums(rows.answers)
     if rows.choices:
         found["choice_accuracy"] = mean_of([float(row.chosen == row.expected) for row in rows.choices])
+    for task in dict.fromkeys(row.task for row in rows.harness):
+        examples = [row.metrics for row in rows.harness if row.task == task]
+        found |= {score: mean_of([metrics[score] for metrics in examples]) for score in examples[0]}
     return found
 
 

@@ -67,9 +67,15 @@ def _score(subject: Subject, evaluation: EvaluationSpec, needs: set[Need], score
     scored = Rows(losses=_losses(subject, rows, "evaluation rows"))
     if "forgetting" in needs:
         scored = _with(scored, other=_losses(subject, _read(dataset, "forgetting"), "other text"))
-    if needs.isdisjoint({"answers", "choices", "latency"}):
-        return scored, {}
     speed: Scores = {}
+    if "harness" in needs and recipe.harness is not None:
+        from qlora_core.evaluation.harness import run_tasks
+
+        batch_size, cache = recipe.generation.batch_size, evaluation.into / "child" / "datasets"
+        rows_of, speed = run_tasks(subject.model, subject.tokenizer, recipe.harness, batch_size, evaluation.seed, cache)
+        scored = _with(scored, harness=rows_of)
+    if needs.isdisjoint({"answers", "choices", "latency"}):
+        return scored, speed
     prompts = _prompts_of(rows, dataset)
     if "choices" in needs:
         tell = _progress(subject.report, "choices", len(prompts))

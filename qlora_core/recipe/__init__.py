@@ -4,7 +4,7 @@ A key that no model knows is refused at every level, with the nearest known key 
 """
 
 from qlora_core.recipe.data import DataRecipe, Split, ToolCalls
-from qlora_core.recipe.judge import EvaluationRecipe, Gate, Generation, PromotionRecipe
+from qlora_core.recipe.judge import EvaluationRecipe, Gate, Generation, Harness, PromotionRecipe
 from qlora_core.recipe.merge import MergeRecipe
 from qlora_core.recipe.part import Fraction, Part, Sha256
 from qlora_core.recipe.recipe import Recipe, load_recipe
@@ -19,6 +19,7 @@ __all__ = [
     "Fraction",
     "Gate",
     "Generation",
+    "Harness",
     "HubSource",
     "LocalSource",
     "Lora",

@@ -1,5 +1,6 @@
 """What a user writes about evaluation and promotion."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,6 +17,18 @@ class Generation(Part):
     """Prompts that are answered at once."""
 
 
+class Harness(Part):
+    """Tasks of the lm-evaluation-harness, from files of this machine: nothing is fetched. Needs the extra `eval`."""
+
+    folder: Path
+    """Holds the tasks' YAML files and what they read; paths in them start here, and this one at the recipe's folder."""
+    tasks: Annotated[tuple[str, ...], Field(min_length=1)]
+    max_examples: Annotated[int, Field(ge=1)] | None = None
+    """The first ones of each task; `null` takes all."""
+    chat: bool = True
+    """Whether questions are put into the model's chat template."""
+
+
 class EvaluationRecipe(Part):
     """Evaluate: base, candidate and champion on the same rows."""
 
@@ -25,6 +38,8 @@ class EvaluationRecipe(Part):
     """A sample of the evaluation rows, drawn by the seed; `null` takes all."""
     json_schema: dict[str, Any] | None = None
     """What the metric `json_schema` holds answers against."""
+    harness: Harness | None = None
+    """What the metric `harness` runs; its scores are called `<task>_<metric>`."""
     generation: Generation = Generation()
 
 

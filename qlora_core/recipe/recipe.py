@@ -140,7 +140,17 @@ def _anchor(recipe: Recipe, folder: Path) -> Recipe:
     data = recipe.data.model_copy(update={name: tuple(map(absolute, getattr(recipe.data, name))) for name in lists})
     merge_base = recipe.merge_base and absolute(recipe.merge_base)
     train = recipe.train.model_copy(update={"deepspeed": _deepspeed(recipe.train.deepspeed, folder)})
-    updated = {"model": absolute(recipe.model), "merge_base": merge_base, "data": data, "train": train}
+    evaluation = recipe.evaluation
+    if harness := evaluation.harness:
+        placed = harness.model_copy(update={"folder": folder / harness.folder})
+        evaluation = evaluation.model_copy(update={"harness": placed})
+    updated = {
+        "model": absolute(recipe.model),
+        "merge_base": merge_base,
+        "data": data,
+        "train": train,
+        "evaluation": evaluation,
+    }
     return recipe.model_copy(update=updated)
 
 

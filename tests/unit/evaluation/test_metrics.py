@@ -1,9 +1,11 @@
+import sys
 from pathlib import Path
 
 import pytest
 
 from qlora_core.artifacts import LOWER_IS_BETTER
 from qlora_core.errors import EvaluationError, RecipeError
+from qlora_core.evaluation.evaluate import decisive
 from qlora_core.evaluation.metrics import (
     ENTRY_POINTS,
     METRICS,
@@ -14,7 +16,7 @@ from qlora_core.evaluation.metrics import (
     make_scorer,
     same_value,
 )
-from qlora_core.recipe import EvaluationRecipe, Gate
+from qlora_core.recipe import EvaluationRecipe, Gate, Harness
 
 EXPECTED = '{"name": "add", "arguments": {"a": 1, "b": [2, 3]}}'
 
@@ -179,3 +181,29 @@ def test_a_gate_cannot_ask_whether_a_time_is_significant() -> None:
 @pytest.mark.usefixtures("plugins")
 def test_gates_on_what_a_package_of_ones_own_scores_are_left_to_the_evaluation() -> None:
     check(("words",), metric="words", threshold=3)
+
+
+def test_the_harness_is_refused_without_its_section_its_folder_or_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    harness = Harness(folder=tmp_path, tasks=("ours",))
+    elsewhere = Harness(folder=tmp_path / "none", tasks=("ours",))
+    for keys, message in (
+        ({"metrics": ("harness",)}, "go together"),
+        ({"metrics": ("loss",), "harness": harness}, "go together"),
+        ({"metrics": ("harness",), "harness": elsewhere}, "there is no folder"),
+        ({"metrics": ("harness",), "harness": harness}, r"pip install 'qlora-flows\[eval\]'"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            check_metrics(EvaluationRecipe.model_validate(keys), [])
+
+
+def test_what_is_in_the_files_of_the_harness_decides_scores_and_not_where_they_are(tmp_path: Path) -> None:
+    def part(folder: str, text: str) -> dict[str, object]:
+        (tmp_path / folder).mkdir(exist_ok=True)
+        (tmp_path / folder / "ours.yaml").write_text(text)
+        return decisive(EvaluationRecipe(harness=Harness(folder=tmp_path / folder, tasks=("ours",))))
+
+    assert part("here", "task: ours") == part("there", "task: ours")
+    assert part("here", "task: ours") != part("there", "task: ours, and more")
