@@ -38,7 +38,7 @@ def quantize_like_auto_gptq(model: Path, into: Path, bits: int = 4) -> Path:
     tensors = load_file(into / "model.safetensors")
     (into / "model.safetensors").unlink()
     for name in [name for name in tensors if "_proj." in name and name.endswith(".weight")]:
-        packed = _pack(tensors.pop(name).float(), bits)
+        packed = pack_gptq(tensors.pop(name).float(), bits, GROUP)
         tensors |= {f"{name.removesuffix('.weight')}.{part}": tensor for part, tensor in packed.items()}
     halves = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in tensors.items()}
     save_file(halves, into / f"gptq_model-{bits}bit-{GROUP}g.safetensors", metadata={"format": "pt"})
@@ -59,19 +59,19 @@ def quantize_with_bitsandbytes(model: Path, into: Path, kind: str = "nf4") -> Pa
     return into
 
 
-def _pack(weight: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+def pack_gptq(weight: torch.Tensor, bits: int, group: int) -> dict[str, torch.Tensor]:
     """`[out, in]` to `qweight [in * bits / 32, out]`, `qzeros`, `scales [groups, out]` and `g_idx [in]`."""
     rows, columns = weight.shape
     levels, zero = 2**bits - 1, 2 ** (bits - 1)
-    groups = weight.reshape(rows, columns // GROUP, GROUP)
+    groups = weight.reshape(rows, columns // group, group)
     scales = (groups.abs().amax(-1) / (zero - 1)).clamp(min=1e-6).half()
     whole = (groups / scales.float()[..., None] + zero).round().clamp(0, levels).int().reshape(rows, columns)
-    zeros = torch.full((columns // GROUP, rows), zero - 1, dtype=torch.int32)
+    zeros = torch.full((columns // group, rows), zero - 1, dtype=torch.int32, device=weight.device)
     return {
         "qweight": _into_int32(whole.T.contiguous(), bits),
         "qzeros": _into_int32(zeros.T.contiguous(), bits).T.contiguous(),
         "scales": scales.T.contiguous(),
-        "g_idx": torch.arange(columns, dtype=torch.int32) // GROUP,
+        "g_idx": torch.arange(columns, dtype=torch.int32) // group,
         "bias": torch.zeros(rows, dtype=torch.float16),
     }
 
@@ -80,6 +80,6 @@ def _into_int32(values: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack along the first dimension, the first value in the lowest bits."""
     per_word = INT32_BITS // bits
     words = values.reshape(values.shape[0] // per_word, per_word, *values.shape[1:]).to(torch.int64)
-    shifts = (torch.arange(per_word) * bits).reshape(1, per_word, *[1] * (values.dim() - 1))
+    shifts = (torch.arange(per_word, device=values.device) * bits).reshape(1, per_word, *[1] * (values.dim() - 1))
     packed = (words << shifts).sum(1) & (2**INT32_BITS - 1)
     return (packed - (packed >> (INT32_BITS - 1)) * 2**INT32_BITS).to(torch.int32)

@@ -15,7 +15,7 @@ MASTER_BYTES = 4 + 4 + 2
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
 LOGIT_BYTES = 320 * 2**20
 """Logits that exist at a time."""
-ON_THE_WAY = 3
+ON_THE_WAY = 4
 """Blocks whose kept tensors are on the device at once when the rest is in host memory."""
 MICRO_BATCH_TOKENS = 16_384
 """More in one pass is no faster on any GPU of today."""

@@ -31,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from qlora_core.artifacts import ModelSnapshot, PreparedDataset
 from qlora_core.errors import QloraError
 from qlora_core.events import Event, Metrics, Note
+from qlora_core.modeling.bases import quantization_of
 from qlora_core.modeling.load import read_architecture
 from qlora_core.modeling.rows import TokenRow, write_token_rows
 from qlora_core.recipe import Lora, TrainRecipe
@@ -65,6 +66,7 @@ def main() -> None:
     parser.add_argument("verb", choices=["speed", "equal"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--shape", default="7b")
+    parser.add_argument("--nf4", action="store_true", help="a checkpoint that is quantized already, for the 32b shape")
     parser.add_argument("--points", nargs="+", default=["ddp:1", "ddp:2", "zero2:2", "zero3:2"], help="STRATEGY:GPUS")
     parser.add_argument("--rows", type=int, default=4, help="rows of a GPU's step")
     parser.add_argument("--seq", type=int, default=2048, help="tokens of a row")
@@ -80,7 +82,7 @@ def main() -> None:
 
 def speed(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     """One row a point, with the rate beside that of one GPU."""
-    base, alone = random_base(args.folder, args.shape), 0.0
+    base, alone = random_base(args.folder, args.shape, args.nf4), 0.0
     for point in args.points:
         strategy, gpus = point.split(":")
         row = time_point(args, base, strategy, int(gpus))
@@ -210,15 +212,23 @@ def peaks(heard: Heard) -> list[float]:
     return [float(value) for value in found[1].split(", ")]
 
 
-def random_base(folder: Path, shape: str) -> ModelSnapshot:
+def random_base(folder: Path, shape: str, nf4: bool = False) -> ModelSnapshot:
     path = folder / shape
     if not (path / "config.json").exists():
         tokenizer = write_model(fresh(folder / "tokenizer"))
         for file in ("config.json", "generation_config.json", "model.safetensors"):
             (tokenizer / file).unlink()
         maker = [sys.executable, str(Path(__file__).with_name("training_speed.py")), "make", shape]
-        subprocess.run([*maker, "--tokenizer", str(tokenizer), "--out", str(folder)], check=True)  # its GPU memory ends
-    return ModelSnapshot(path=path, source=shape, revision="1", digest="0" * 64, architecture=read_architecture(path))
+        maker += ["--tokenizer", str(tokenizer), "--out", str(folder), *(["--nf4"] if nf4 else [])]
+        subprocess.run(maker, check=True)  # its GPU memory ends with it
+    return ModelSnapshot(
+        path=path,
+        source=shape,
+        revision="1",
+        digest="0" * 64,
+        architecture=read_architecture(path),
+        quantization=quantization_of(json.loads((path / "config.json").read_text())),
+    )
 
 
 def random_rows(folder: Path, count: int, length: int) -> PreparedDataset:

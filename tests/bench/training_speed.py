@@ -1,12 +1,13 @@
 """Time a QLoRA training step of this project beside what users would pick instead, on one GPU.
 
     python tests/bench/training_speed.py make 7b --tokenizer DIR --out DIR      a checkpoint of random weights
+    python tests/bench/training_speed.py quantize DIR/1.5b                      its GPTQ-Int4 form, DIR/1.5b-gptq
     python tests/bench/training_speed.py time DIR/7b --impl ours                one row, one process
     python tests/bench/training_speed.py compare DIR                            all rows, one process each
 
-Rules: random token ids, labels on every token, LoRA of rank 16 on the seven linears without dropout, forward, backward
-and optimizer, median of the timed steps, peak of `torch.cuda.max_memory_allocated` over all steps. Every row is
-printed as JSON and appended to `--results`.
+Rules: random token ids that lie on the GPU, collated as each implementation wants them; labels on every token, LoRA of
+rank 16 on the seven linears without dropout; forward, backward and optimizer are timed, median of the timed steps, peak
+of `torch.cuda.max_memory_allocated` over all steps. Every row is printed as JSON and appended to `--results`.
 """
 
 import argparse
@@ -28,30 +29,87 @@ SHAPES = {
            "vocab_size": 152064, "tie_word_embeddings": False},
     "1.5b": {"hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
              "vocab_size": 151936, "tie_word_embeddings": True},
+    "32b": {"hidden_size": 5120, "intermediate_size": 27648, "num_attention_heads": 40, "num_key_value_heads": 8,
+            "num_hidden_layers": 64, "vocab_size": 152064, "tie_word_embeddings": False},
     "tiny": {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
              "vocab_size": 1024, "tie_word_embeddings": True},
 }  # fmt: skip
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+GPTQ_GROUP = 128
 WARM_UP = 3
 GIB = 2**30
 PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "liger-kernel")
 
 
-def make(shape: str, tokenizer: Path | None, out: Path) -> None:
-    """Write a Qwen2 checkpoint of random weights in bf16."""
+def make(shape: str, tokenizer: Path | None, out: Path, nf4: bool) -> None:
+    """Write a Qwen2 checkpoint of random weights, in bf16 or as bitsandbytes stores NF4."""
     import torch
     from transformers import AutoModelForCausalLM, Qwen2Config
 
     torch.manual_seed(0)
     torch.set_default_dtype(torch.bfloat16)
-    config = Qwen2Config(
-        **SHAPES[shape], num_hidden_layers=28, max_position_embeddings=32768, eos_token_id=2, bos_token_id=1
-    )
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+    common = {"num_hidden_layers": 28, "max_position_embeddings": 32768, "eos_token_id": 2, "bos_token_id": 1}
+    config = Qwen2Config(**common | SHAPES[shape])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device("meta" if nf4 else device):
         model = AutoModelForCausalLM.from_config(config)
-    model.save_pretrained(out / shape)
+    if nf4:
+        _write_nf4(model, out / shape, device)
+    else:
+        model.save_pretrained(out / shape)
     for file in tokenizer.iterdir() if tokenizer else ():
         shutil.copy(file, out / shape)
+
+
+def _write_nf4(model, folder: Path, device: str) -> None:  # type: ignore[no-untyped-def]
+    """One tensor after another, so that the model never has to fit in memory in bf16."""
+    import torch
+    from bitsandbytes.functional import quantize_4bit
+    from safetensors.torch import save_file
+    from transformers import BitsAndBytesConfig
+
+    folder.mkdir(parents=True)
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        values = torch.randn(parameter.shape, device=device) * 0.02
+        if name.endswith("_proj.weight"):
+            packed, state = quantize_4bit(values, quant_type="nf4", compress_statistics=True)
+            tensors[name] = packed.cpu()
+            tensors |= {f"{name}.{key}": part.cpu() for key, part in state.as_dict(packed=True).items()}
+        else:
+            tensors[name] = (torch.ones_like(values) if "norm" in name else values).to(torch.bfloat16).cpu()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )  # fmt: skip
+    model.config.save_pretrained(folder)
+
+
+def quantize(folder: Path) -> None:
+    """Write a checkpoint again in GPTQ-Int4, groups of 128, rounded to the nearest: for speed, not for quality."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    sys.path.insert(0, str(Path(__file__).parents[2]))
+    from tests.quantized import pack_gptq
+
+    into = folder.with_name(f"{folder.name}-gptq")
+    shutil.copytree(folder, into, ignore=shutil.ignore_patterns("*.safetensors"))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        stem, bias = name.removesuffix(".weight"), tensors.get(name.replace(".weight", ".bias"))
+        packed = pack_gptq(tensors.pop(name).to(device).float(), bits=4, group=GPTQ_GROUP)
+        tensors |= {f"{stem}.{part}": tensor.cpu() for part, tensor in packed.items() if part != "bias" or bias is None}
+    save_file(tensors, into / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((into / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "gptq", "bits": 4, "group_size": GPTQ_GROUP, "desc_act": False, "sym": True,
+        "checkpoint_format": "gptq",
+    }  # fmt: skip
+    (into / "config.json").write_text(json.dumps(config))
 
 
 def time_one(args: argparse.Namespace) -> dict[str, object]:
@@ -62,20 +120,22 @@ def time_one(args: argparse.Namespace) -> dict[str, object]:
 
     torch.manual_seed(0)
     began = time.perf_counter()
-    step = BUILD[args.impl](args)
+    collate, step, facts = BUILD[args.impl](args)
     torch.cuda.synchronize()
     row: dict[str, object] = {
         "shape": Path(args.checkpoint).name, "impl": args.impl, "micro_batch": args.rows, "seq_len": args.seq,
         "accumulate": args.accumulate, "activation_memory": args.activation_memory, "keep_gib": args.keep_gib,
         "load_s": round(time.perf_counter() - began, 1), "loaded_gib": round(torch.cuda.memory_allocated() / GIB, 2),
+        **facts,
     }  # fmt: skip
     seconds: list[float] = []
     try:
         for _ in range(WARM_UP + args.steps):
             ids = torch.randint(5, SHAPES["tiny"]["vocab_size"], (args.accumulate, args.rows, args.seq), device="cuda")
+            batch = collate(ids)
             torch.cuda.synchronize()
             start = time.perf_counter()
-            loss = step(ids)
+            loss = step(batch)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
         median = statistics.median(seconds[WARM_UP:])
@@ -107,16 +167,17 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     import torch
 
     from qlora_core.events import ignore
-    from qlora_core.modeling.load import load_base
+    from qlora_core.modeling.load import kernel_of, load_base
     from qlora_core.modeling.lora import add_lora
     from qlora_core.modeling.rows import TokenRow
     from qlora_core.recipe import Lora, Quantization
     from qlora_core.training.engine.engine import Engine
     from qlora_core.training.engine.graphs import Replayed
-    from qlora_core.training.engine.pack import pack_rows
+    from qlora_core.training.engine.pack import Pack, pack_rows
 
     device = torch.device("cuda")
-    model = add_lora(load_base(_snapshot(Path(args.checkpoint)), device, Quantization()), Lora(dropout=args.dropout))
+    snapshot = _snapshot(Path(args.checkpoint))
+    model = add_lora(load_base(snapshot, device, Quantization()), Lora(dropout=args.dropout))
     engine = Engine(model, torch.bfloat16, args.activation_memory)
     engine.keep_weights(int(args.keep_gib * GIB))
     run = engine if args.no_graphs else Replayed(engine, ignore)
@@ -124,20 +185,32 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
     seed = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def step(ids: torch.Tensor) -> torch.Tensor:
+    def collate(ids: torch.Tensor) -> list[Pack]:
+        parts = ids.cpu().numpy().astype(np.int32)
+        rows = [[TokenRow("", row, np.ones(len(row), np.uint8)) for row in part] for part in parts]
+        return [pack_rows(part, fill_up=False).to(device) for part in rows]
+
+    def step(packs: list[Pack]) -> torch.Tensor:
         engine.adapter.grads.zero_()
         total = torch.zeros((), device=device)
-        for part in ids.cpu().numpy().astype(np.int32):
-            rows = [TokenRow("", row, np.ones(len(row), np.uint8)) for row in part]
-            pack = pack_rows(rows, fill_up=False).to(device)
+        for pack in packs:
             total = total + run.loss_and_grads(pack, seed)
-        tokens = ids.numel() - ids.shape[0] * ids.shape[1]
+        tokens = sum(len(pack.targets) for pack in packs)
         engine.adapter.grads.div_(tokens)
         optimizer.step()
         engine.refresh()
         return total / tokens
 
-    return step
+    return collate, step, {"linears": kernel_of(model), "predicted_gib": round(_predicted_gib(snapshot, args), 2)}
+
+
+def _predicted_gib(snapshot, args: argparse.Namespace) -> float:  # type: ignore[no-untyped-def]
+    """What `qlora check` would say, and the weights that stay dequantized."""
+    from qlora_core.recipe import TrainRecipe
+    from qlora_core.training.memory import estimate
+
+    tokens = args.rows * args.seq
+    return estimate(snapshot.architecture, TrainRecipe(), tokens, args.activation_memory).total_gib + args.keep_gib
 
 
 def _snapshot(checkpoint: Path):  # type: ignore[no-untyped-def]
@@ -218,7 +291,7 @@ def _autograd_step(model):  # type: ignore[no-untyped-def]
         optimizer.zero_grad(set_to_none=True)
         return total
 
-    return step
+    return list, step, {}
 
 
 BUILD = {"ours": _ours, "transformers": _transformers, "transformers_liger": _transformers, "unsloth": _unsloth}
@@ -244,6 +317,9 @@ def main() -> None:
     maker.add_argument("shape", choices=SHAPES)
     maker.add_argument("--tokenizer", type=Path)
     maker.add_argument("--out", type=Path, required=True)
+    maker.add_argument("--nf4", action="store_true", help="quantized already: a quarter of the disk")
+    packer = verbs.add_parser("quantize")
+    packer.add_argument("folder", type=Path)
     timer = verbs.add_parser("time")
     timer.add_argument("checkpoint")
     timer.add_argument("--impl", choices=BUILD, default="ours")
@@ -263,7 +339,9 @@ def main() -> None:
     both.add_argument("--shapes", nargs="+", default=["7b", "1.5b"], choices=SHAPES)
     args = parser.parse_args()
     if args.verb == "make":
-        make(args.shape, args.tokenizer, args.out)
+        make(args.shape, args.tokenizer, args.out, args.nf4)
+    elif args.verb == "quantize":
+        quantize(args.folder)
     elif args.verb == "compare":
         compare(args.folder, args.results, args.impls, args.shapes)
     else:

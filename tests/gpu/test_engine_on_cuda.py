@@ -47,8 +47,15 @@ def test_kernels_agree_with_torch():
         "norm": (lambda h, w: ops.rms_norm(h, w, 1e-6), h, weight),
         "add": (lambda h, d, w: ops.add_rms_norm(h, d, w, 1e-6), h, d, weight),
         "norm backward": (lambda h, w, g, r: ops.rms_norm_backward(h, w, 1e-6, g, r), h, weight, d, h),
-        "swiglu": (ops.swiglu, wide),
-        "swiglu backward": (ops.swiglu_backward, d, wide),
+        "swiglu": (ops.swiglu, wide, torch.randn(16, 200)),
+        "swiglu alone": (lambda x: ops.swiglu(x, None)[0], wide),
+        "swiglu backward": (
+            lambda g, x, low: (
+                lambda grad_a: (ops.swiglu_backward(g, x, low, grad_a), grad_a)[1]
+            )(torch.zeros(16, 200, device=g.device)),
+            d, wide, torch.randn(300, 16),
+        ),
+        "swiglu backward alone": (lambda g, x: ops.swiglu_backward(g, x, None, None), d, wide),
         "rotate": (lambda x, c, s: ops.rotate(x, x, c, s, None, 1e-6, 4, 2), qkv, cos, sin),
         "rotate normed": (
             lambda x, c, s, n: (lambda out: (ops.rotate(x, out, c, s, (n[0], n[1]), 1e-6, 4, 2), out)[1])(

@@ -36,6 +36,8 @@ class Kept(NamedTuple):
     middle: torch.Tensor | None = None
     """Residual stream after attention."""
     gate_up: torch.Tensor | None = None
+    low: torch.Tensor | None = None
+    """What the adapter of `down` made of its input, when it is part of the weight."""
 
 
 class Context(NamedTuple):

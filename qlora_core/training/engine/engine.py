@@ -133,7 +133,8 @@ class Engine:
         made, normed = self._attention(block, entry, normed, context)
         gate_up = block.gate_up.forward(normed, context.seed)
         del normed
-        return made._replace(gate_up=gate_up), block.down.forward(ops.swiglu(gate_up), context.seed)
+        inner, low = ops.swiglu(gate_up, block.down.merged_a)
+        return made._replace(gate_up=gate_up, low=low), block.down.forward(inner, context.seed)
 
     def _attention(
         self, block: Block, entry: torch.Tensor, normed: torch.Tensor, context: Context
@@ -151,13 +152,14 @@ class Engine:
         """One block backwards; `grad`, of the residual stream, is replaced."""
         eps = self.shape.eps
         if kept.qkv is None:
-            kept, normed = self._attention(block, kept.entry, ops.rms_norm(kept.entry, block.input_norm, eps), context)
-            kept = kept._replace(gate_up=block.gate_up.forward(normed, context.seed))
+            normed = ops.rms_norm(kept.entry, block.input_norm, eps)
+            again, normed = self._attention(block, kept.entry, normed, context)
+            kept = again._replace(gate_up=block.gate_up.forward(normed, context.seed), low=kept.low)
         assert kept.qkv is not None and kept.middle is not None
         gate_up = kept.gate_up
         if gate_up is None:
             gate_up = block.gate_up.forward(ops.rms_norm(kept.middle, block.mlp_norm, eps), context.seed)
-        self._down_backward(block.down, gate_up, grad, context.seed)
+        self._down_backward(block.down, gate_up, kept.low, grad, context.seed)
         self._normed_backward(block.gate_up, gate_up, kept.middle, block.mlp_norm, grad, context.seed)
         kept = kept._replace(gate_up=None, middle=None)
         del gate_up
@@ -168,15 +170,23 @@ class Engine:
             block.qkv.adapter_grads(qkv_grad, ops.rms_norm(kept.entry, block.input_norm, eps), context.seed, None)
 
     def _down_backward(
-        self, group: Group, gate_up: torch.Tensor, grad: torch.Tensor, seed: torch.Tensor | None
+        self,
+        group: Group,
+        gate_up: torch.Tensor,
+        low: torch.Tensor | None,
+        grad: torch.Tensor,
+        seed: torch.Tensor | None,
     ) -> None:
         """Replace `gate_up` by its gradient."""
-        inner = group.input_grad(grad)
-        if group.apart:  # the adapter's part of the gradient has to be in before the activation is passed
-            group.adapter_grads(grad, ops.swiglu(gate_up), seed, inner)
-        ops.swiglu_backward(inner, gate_up)
-        if not group.apart:
-            group.adapter_grads(grad, inner, seed, None)
+        inner, pair = group.input_grad(grad), group.merged
+        if pair is None:  # the adapter's part of the gradient has to be in before the activation is passed
+            group.adapter_grads(grad, ops.swiglu(gate_up, None)[0], seed, inner)
+            ops.swiglu_backward(inner, gate_up, None, None)
+            return
+        assert low is not None
+        low_grad = torch.empty_like(low)
+        ops.both_sides(grad, pair.b, low, low_grad, pair.grad_b, pair.scale)
+        ops.swiglu_backward(inner, gate_up, low_grad, pair.grad_a)
 
     def _normed_backward(
         self,
@@ -241,7 +251,7 @@ class Engine:
         elif self.activation_memory == "balanced" or (near and self._host is not None):
             kept[number] = made._replace(gate_up=None)
         elif self._host is None:
-            kept[number] = Kept(made.entry)
+            kept[number] = Kept(made.entry, low=made.low)
         else:
             self._host.store(number, made._replace(gate_up=None))
 

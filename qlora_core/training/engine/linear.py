@@ -74,6 +74,16 @@ class Group:
         """The adapters, in order."""
         return [part.pair for part in self._parts if part.pair is not None]
 
+    @property
+    def merged(self) -> Pair | None:
+        """The adapter of a group of one linear, when it is part of the weight."""
+        return None if self.apart or len(self._parts) > 1 else self._parts[0].pair
+
+    @property
+    def merged_a(self) -> torch.Tensor | None:
+        """Its first matrix, `[rank, inputs]`."""
+        return self.merged and self.merged.a
+
     def adapter_grads(
         self, grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, input_grad: torch.Tensor | None
     ) -> None:
@@ -87,8 +97,6 @@ class Group:
         """
         if self.apart or len(self.pairs) < len(self._parts):
             self._one_by_one(grad, x, seed, input_grad)
-        elif self.shape[1] > self.shape[0]:
-            self._wide_input(grad, x)
         else:
             self._wide_output(grad, x)
 
@@ -101,13 +109,6 @@ class Group:
             mine, pair = slice(number * rank, (number + 1) * rank), self.pairs[number]
             both_sides(grad[:, part.columns], pair.b, low[:, mine], low_grad[:, mine], pair.grad_b, pair.scale)
         add_product(_stacked(first.grad_a, count), low_grad.t(), x)
-
-    def _wide_input(self, grad: torch.Tensor, x: torch.Tensor) -> None:
-        for part, pair in self._adapted():
-            low_grad = torch.mm(grad[:, part.columns], pair.b)
-            low = torch.empty_like(low_grad)
-            both_sides(x, pair.a.t(), low_grad, low, pair.grad_a.t(), 1.0)
-            add_product(pair.grad_b, grad[:, part.columns].t(), low, pair.scale)
 
     def _one_by_one(
         self, grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, input_grad: torch.Tensor | None

@@ -51,26 +51,36 @@ def rms_norm_backward(
     torch.mul(unit, weight, out=grad)
 
 
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up` of `[tokens, gate | up]` (arXiv:2002.05202)."""
+def swiglu(gate_up: torch.Tensor, a: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`silu(gate) * up` of `[tokens, gate | up]` (arXiv:2002.05202), and its product with `a.T`, `[tokens, rank]`."""
     if gate_up.is_cuda:
-        return _kernels().swiglu(gate_up)  # type: ignore[no-any-return]
-    gate, up = gate_up.chunk(2, dim=1)
-    return functional.silu(gate).mul_(up)
+        from qlora_core.training.engine.kernels import gated
+
+        if a is not None and len(a) <= LARGEST_FUSED_RANK:
+            return gated.swiglu_low(gate_up, a)
+        inner = gated.swiglu(gate_up)
+    else:
+        gate, up = gate_up.chunk(2, dim=1)
+        inner = functional.silu(gate).mul_(up)
+    return inner, None if a is None else torch.mm(inner, a.t())
 
 
-def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """Replace `gate_up` by its gradient, and `grad` by the activation's output."""
+def swiglu_backward(
+    grad: torch.Tensor, gate_up: torch.Tensor, low_grad: torch.Tensor | None, grad_a: torch.Tensor | None
+) -> None:
+    """Replace `gate_up` by its gradient; `grad_a`, fp32, gets `low_grad.T @ activation` added."""
+    if low_grad is not None and grad_a is not None and not (grad.is_cuda and len(grad_a) <= LARGEST_FUSED_RANK):
+        add_product(grad_a, low_grad.t(), swiglu(gate_up, None)[0])
+        low_grad = grad_a = None
     if grad.is_cuda:
-        _kernels().swiglu_backward(grad, gate_up)
+        from qlora_core.training.engine.kernels import gated
+
+        gated.swiglu_backward(grad, gate_up, low_grad, grad_a)
         return
     gate, up = gate_up.chunk(2, dim=1)
-    silu = functional.silu(gate)
     grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-    grad_up = grad * silu
-    torch.mul(silu, up, out=grad)
+    torch.mul(grad, functional.silu(gate), out=up)
     gate.copy_(grad_gate)
-    up.copy_(grad_up)
 
 
 def rotate(

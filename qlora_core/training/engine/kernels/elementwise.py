@@ -1,4 +1,4 @@
-"""Norms, rotary embedding and the gated activation, each one pass over memory; arithmetic in fp32."""
+"""Norms, rotary embedding and dropout, each one pass over memory; arithmetic in fp32."""
 
 import torch
 import triton
@@ -37,33 +37,6 @@ def _rms_norm_backward(h, weight, grad, residual_grad, width, eps, BLOCK: tl.con
     dx += tl.load(residual_grad + at, mask=ok, other=0).to(tl.float32)
     tl.store(residual_grad + at, dx.to(residual_grad.dtype.element_ty), mask=ok)
     tl.store(grad + at, (unit * w).to(grad.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _swiglu(gate_up, out, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = columns < width
-    gate = tl.load(gate_up + row * 2 * width + columns, mask=ok, other=0).to(tl.float32)
-    up = tl.load(gate_up + row * 2 * width + width + columns, mask=ok, other=0).to(tl.float32)
-    tl.store(out + row * width + columns, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=ok)
-
-
-@triton.jit
-def _swiglu_backward(grad, gate_up, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = columns < width
-    gate_at, up_at = gate_up + row * 2 * width + columns, gate_up + row * 2 * width + width + columns
-    gate = tl.load(gate_at, mask=ok, other=0).to(tl.float32)
-    up = tl.load(up_at, mask=ok, other=0).to(tl.float32)
-    g = tl.load(grad + row * width + columns, mask=ok, other=0).to(tl.float32)
-    sigmoid = tl.sigmoid(gate)
-    silu = gate * sigmoid
-    tl.store(grad + row * width + columns, (silu * up).to(grad.dtype.element_ty), mask=ok)
-    tl.store(up_at, (g * silu).to(gate_up.dtype.element_ty), mask=ok)
-    slope = sigmoid * (1 + gate * (1 - sigmoid))
-    tl.store(gate_at, (g * up * slope).to(gate_up.dtype.element_ty), mask=ok)
 
 
 @triton.jit
@@ -181,20 +154,6 @@ def rms_norm_backward(
     width = h.shape[1]
     block = triton.next_power_of_2(width)
     _rms_norm_backward[(len(h),)](h, weight, grad, residual_grad, width, eps, block, num_warps=_warps(width))
-
-
-def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
-    """`silu(gate) * up` of `[tokens, 2 * width]` (arXiv:2002.05202)."""
-    width = gate_up.shape[1] // 2
-    out = gate_up.new_empty(len(gate_up), width)
-    _swiglu[(len(out), triton.cdiv(width, COLUMNS))](gate_up, out, width, COLUMNS, num_warps=4)
-    return out
-
-
-def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor) -> None:
-    """Replace `gate_up` by its gradient, and `grad` by the activation's output."""
-    width = grad.shape[1]
-    _swiglu_backward[(len(grad), triton.cdiv(width, COLUMNS))](grad, gate_up, width, COLUMNS, num_warps=4)
 
 
 def rotate(

@@ -62,7 +62,7 @@ def _add_up(  # type: ignore[no-untyped-def]
     tl.store(place, total.to(out.dtype.element_ty), mask=ok)
 
 
-def _sum_into(partial: torch.Tensor, out: torch.Tensor, scale: float, add: bool) -> None:
+def sum_into(partial: torch.Tensor, out: torch.Tensor, scale: float, add: bool) -> None:
     """Sum `partial` `[parts, rows, width]` into `out` `[rows, width]`, in order."""
     parts, rows, width = partial.shape
     block = 32
@@ -96,5 +96,5 @@ def both_sides(
         x, m, u, lows, outers, tokens, width, rank, x.stride(0), m.stride(0), m.stride(1), u.stride(0), chunk,
         max(16, triton.next_power_of_2(rank)), WIDE, TALL, num_warps=8, num_stages=3,
     )  # fmt: skip
-    _sum_into(lows, low, 1.0, add=False)
-    _sum_into(outers, grad, scale, add=True)
+    sum_into(lows, low, 1.0, add=False)
+    sum_into(outers, grad, scale, add=True)
