@@ -131,4 +131,5 @@ def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
 
 
 def _padded(rank: int) -> int:
-    return max(16, triton.next_power_of_2(rank))
+    padded: int = max(16, triton.next_power_of_2(rank))
+    return padded
