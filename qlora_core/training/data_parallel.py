@@ -3,6 +3,7 @@
 import torch
 from accelerate import Accelerator
 
+from qlora_core.training.loss_scale import STATE
 from qlora_core.training.optimizer import Parameters
 from qlora_core.training.optimizer_state import optimizer_tensors, restore_optimizer
 from qlora_core.training.step import DirectLoss, Share
@@ -36,6 +37,7 @@ class DataParallel:
         self.can_repeat = self.processes == 1  # others would wait
         self.skips_overflow = dtype == torch.float16
         self._scaler = torch.amp.GradScaler(self.device.type, enabled=self.skips_overflow)
+        self._scaler.scale(torch.zeros((), device=self.device))  # a process may have no rows in its first step
         if self.processes > 1:
             for parameter in self._parameters:
                 torch.distributed.broadcast(parameter.data, src=0)
@@ -76,16 +78,16 @@ class DataParallel:
     def state(self, parameters: Parameters) -> dict[str, torch.Tensor]:
         """See `Parallel`."""
         tensors = {f"weight.{name}": parameter.detach().contiguous() for name, parameter in parameters.items()}
-        scale = {f"scaler.{key}": torch.tensor(float(value)) for key, value in self._scaler.state_dict().items()}
+        scale = {f"{STATE}{key}": torch.tensor(float(value)) for key, value in self._scaler.state_dict().items()}
         return tensors | optimizer_tensors(parameters, self.optimizer) | scale
 
     def load_optimizer(self, tensors: dict[str, torch.Tensor], parameters: Parameters, step: int) -> None:
         """See `Parallel`."""
         restore_optimizer(tensors, parameters, self.optimizer)
-        scale = {key.removeprefix("scaler."): value for key, value in tensors.items() if key.startswith("scaler.")}
+        scale = {key.removeprefix(STATE): float(value) for key, value in tensors.items() if key.startswith(STATE)}
         if self._scaler.is_enabled() and scale:
-            whole = {"growth_interval", "_growth_tracker"}
-            self._scaler.load_state_dict({k: int(v) if k in whole else float(v) for k, v in scale.items()})
+            whole = {"_growth_tracker": int(scale["_growth_tracker"])}
+            self._scaler.load_state_dict(self._scaler.state_dict() | {"scale": scale["scale"]} | whole)
 
     def _gradients(self) -> list[torch.Tensor]:
         for parameter in self._parameters:

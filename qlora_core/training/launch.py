@@ -10,7 +10,7 @@ from qlora_core.process import Group, run_child
 from qlora_core.recipe import TrainRecipe
 from qlora_core.training.spec import TrainSpec
 
-VERSION = 2
+VERSION = 3
 KEEP = ("adapter_config.json", "adapter_model.safetensors", "history.jsonl", "training.png")
 """What of the work directory belongs to the artifact; checkpoints and logs do not."""
 

@@ -1,6 +1,7 @@
 """All optimizer steps of a run, with what happens between them: metrics, evaluation, checkpoints, and when to stop."""
 
 import time
+from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,6 +23,8 @@ from qlora_core.training.step import BatchMaker, Parallel, Share, seed_step, tra
 from qlora_core.training.stopping import EVALUATION_LOSS, best_evaluation, is_exhausted
 from qlora_core.training.throughput import peak_memory_gib, step_operations
 from qlora_core.training.watch import refuse_divergence, refuse_spike, steps_in_spike
+
+SKIPPED = "skipped_updates"
 
 
 class Work(NamedTuple):
@@ -144,7 +147,7 @@ class Loop:
         self._refuse_divergence(pending.step, loss, grad_norm)
         now = time.perf_counter()
         seconds, self._settled_at = now - self._settled_at, now
-        values = {"loss": loss, "learning_rate": pending.learning_rate, "grad_norm": grad_norm}
+        values = {"loss": loss, "learning_rate": pending.learning_rate, **self._gradient(pending.step, grad_norm)}
         values |= self._speed(self.work.steps[pending.step - 1], seconds) | self._energy.since_last()
         if self._evaluates_after(pending.step):
             values[EVALUATION_LOSS] = self.evaluate()
@@ -158,7 +161,17 @@ class Loop:
     def _refuse_divergence(self, step: int, loss: float, grad_norm: float) -> None:
         scaled = self.parallel.skips_overflow
         refuse_divergence(step, loss, grad_norm, self._skipped if scaled else None)
-        self._skipped = 0 if grad_norm < float("inf") else self._skipped + 1
+        self._skipped = 0 if isfinite(grad_norm) else self._skipped + 1
+
+    def _gradient(self, step: int, norm: float) -> dict[str, float]:
+        """The gradient's norm; under fp16 also how many updates were skipped so far because theirs had overflowed."""
+        if not self.parallel.skips_overflow:
+            return {"grad_norm": norm}
+        skipped = self.history[-1].values.get(SKIPPED, 0.0) if self.history else 0.0
+        if isfinite(norm):
+            return {"grad_norm": norm, SKIPPED: skipped}
+        self.report(Note(message=f"step {step} overflowed float16: its update was skipped, the loss scale halved"))
+        return {SKIPPED: skipped + 1}
 
     def _speed(self, chosen: NDArray[np.int64], seconds: float) -> dict[str, float]:
         lengths = self.work.rows.lengths[chosen]

@@ -1,6 +1,7 @@
 """The curves of a training run as a picture."""
 
 from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 
 from qlora_core.events import Metrics
@@ -21,7 +22,7 @@ def plot_history(history: Sequence[Metrics], folder: Path) -> None:
     losses.plot([step for step, _ in evaluated], [loss for _, loss in evaluated], "o-", label="evaluation")
     losses.legend()
     rates.plot(steps, [metrics.values["learning_rate"] for metrics in history])
-    norms.plot(steps, [metrics.values["grad_norm"] for metrics in history])
+    norms.plot(steps, [metrics.values.get("grad_norm", nan) for metrics in history])  # a skipped update has none
     for axes, title in ((losses, "loss, nats a token"), (rates, "learning rate"), (norms, "gradient norm")):
         axes.set_ylabel(title)
         axes.grid(alpha=0.3)

@@ -31,11 +31,15 @@ def run(raw: dict[str, Any], report: Report) -> Adapter:
     spec = TrainSpec.model_validate(raw)
     device = pick_device()
     dtype = training_dtype(spec.recipe.precision, device, report)
+    return train_in(dtype, practical_peak(device, dtype), spec, device, report)
+
+
+def train_in(dtype: torch.dtype, peak: float, spec: TrainSpec, device: torch.device, report: Report) -> Adapter:
+    """Train with matrix products in `dtype`, of which the device reaches `peak` operations per second."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
     model = adapted_model(spec, device, dtype)  # first, since transformers quantizes nothing under ZeRO-3
     accelerator = start_processes(spec, device, report)
-    peak = practical_peak(device, dtype)
     report(Note(message=_place(device, dtype, accelerator.num_processes, peak)))
     report(Note(message=f"{spec.base.source} in {kernel_of(model)} layers"))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -106,7 +110,7 @@ def build_parallel(
         return DataParallel(accelerator, module, optimizer, spec.recipe.max_grad_norm, dtype)
     from qlora_core.training.zero import ZeroParallel
 
-    return ZeroParallel(accelerator, module, optimizer, spec.recipe, steps, report)
+    return ZeroParallel(accelerator, module, optimizer, spec.recipe, dtype, steps, report)
 
 
 def _peaks(parallel: Parallel) -> str:

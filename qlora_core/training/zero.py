@@ -2,6 +2,9 @@
 
 The settings are `zero.json`, with what the recipe's `train.deepspeed` says laid over them. What the recipe says about
 batch, clipping, precision and optimizer is not settable there a second time.
+
+DeepSpeed sees an adapter in fp32 whatever matrix products run in, so the loss scale that float16 needs is moved from
+here, by DeepSpeed's own rule (`loss_scale.py`).
 """
 
 import json
@@ -18,6 +21,7 @@ from qlora_core.events import Note, Report
 from qlora_core.recipe import TrainRecipe
 from qlora_core.training.checkpoint import WEIGHT
 from qlora_core.training.hand_over import HandOver
+from qlora_core.training.loss_scale import DynamicScale
 from qlora_core.training.optimizer import Parameters
 from qlora_core.training.step import DirectLoss, Share
 
@@ -72,6 +76,7 @@ class ZeroParallel:
         module: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         recipe: TrainRecipe,
+        dtype: torch.dtype,
         steps: int,
         report: Report,
     ) -> None:
@@ -80,7 +85,7 @@ class ZeroParallel:
             accelerator.num_processes,
             accelerator.device,
         )
-        self.optimizer, self.skips_overflow = optimizer, False
+        self.optimizer, self.skips_overflow = optimizer, dtype == torch.float16
         trained = [p for group in optimizer.param_groups for p in group["params"]]
         self._direct = module if isinstance(module, DirectLoss) else None
         self._gradients = HandOver(trained) if self._direct else None
@@ -92,6 +97,7 @@ class ZeroParallel:
             report(Note(message=f"DeepSpeed's {kind} sets the learning rate; train.schedule has no effect"))
             parts.append(DummyScheduler(optimizer, steps * self.processes, round(steps * recipe.warmup_ratio)))
         self.module = accelerator.prepare(*parts)[0]
+        self._scale = DynamicScale(self.module.optimizer) if self.skips_overflow else None
 
     def accumulate(self, share: Share, trained_tokens: int, last: bool) -> torch.Tensor:
         """See `Parallel`."""
@@ -109,6 +115,8 @@ class ZeroParallel:
             self.module.set_gradient_accumulation_boundary(True)
             self.module.backward(self._gradients.source() * self.processes / trained_tokens)
         self.module.step()
+        if self._scale is not None:
+            self._scale.after_update()
         if self._direct is not None:
             self._direct.refresh()
         return torch.as_tensor(self.module.get_global_grad_norm(), dtype=torch.float32, device=self.device)
@@ -122,8 +130,10 @@ class ZeroParallel:
         """See `Parallel`."""
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+        if not all(self._states()):  # every update so far was skipped
+            self._make_states(torch.zeros(()))
         step = next(iter(self._states()))["step"]
-        tensors = {}
+        tensors = self._scale.state() if self._scale is not None else {}
         for name, parameter in parameters.items():
             tensors[f"{WEIGHT}{name}"] = safe_get_full_fp32_param(parameter).contiguous()
             tensors[f"optimizer.step.{name}"] = torch.as_tensor(step, dtype=torch.float32).clone()
@@ -140,6 +150,8 @@ class ZeroParallel:
         for name, parameter in parameters.items():
             for key in MOMENTS:
                 safe_set_full_optimizer_state(parameter, tensors[f"optimizer.{key}.{name}"].to(self.device), key)
+        if self._scale is not None:
+            self._scale.load(tensors)
         if self.own_schedule:
             self.module.lr_scheduler.step(step - 1)
 
