@@ -13,11 +13,12 @@ GROUP = 32
 INT32_BITS = 32
 CALIBRATE = """
 import sys, torch
+torch.set_num_threads(1)
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPTQConfig
 source, target, bits, group = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
 tokenizer = AutoTokenizer.from_pretrained(source)
-text = "Paint the door red. The door is red. " * 12
-config = GPTQConfig(bits=bits, group_size=group, dataset=[text] * 4, tokenizer=tokenizer)
+text = "Paint the door red. The door is red. " * 3
+config = GPTQConfig(bits=bits, group_size=group, dataset=[text] * 2, tokenizer=tokenizer)
 model = AutoModelForCausalLM.from_pretrained(source, quantization_config=config, device_map="cpu", dtype=torch.float32)
 model.config.quantization_config.dataset = None
 model.save_pretrained(target)
@@ -26,7 +27,10 @@ tokenizer.save_pretrained(target)
 
 
 def quantize_with_gptqmodel(model: Path, into: Path, bits: int = 4) -> Path:
-    """A calibrated GPTQ checkpoint; in a process of its own, which takes GPTQModel's logging along."""
+    """A calibrated GPTQ checkpoint; in a process of its own, which takes GPTQModel's logging along.
+
+    Through optimum, since GPTQModel 7.6 called directly needs a third CPU core. Nearly all of the time are imports.
+    """
     command = [sys.executable, "-c", CALIBRATE, str(model), str(into), str(bits), str(GROUP)]
     subprocess.run(command, check=True, capture_output=True, timeout=550)
     return into

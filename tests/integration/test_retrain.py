@@ -23,6 +23,7 @@ from qlora_core.recipe import load_recipe
 from qlora_core.store import Store
 from qlora_core.training import launch
 from tests.integration.conftest import COMMAND_TIMEOUT_S, qlora, shell
+from tests.integration.recorded import client_of, runs_of
 from tests.tiny import write_recipe
 
 STAGES = ["download", "prepare", "train", "merge", "evaluate", "register", "promote"]
@@ -45,12 +46,10 @@ class Resumed(NamedTuple):
 
     @property
     def client(self) -> MlflowClient:
-        return MlflowClient(f"sqlite:///{self.home}/mlflow/mlflow.db")
+        return client_of(self.environment)
 
     def runs(self, kind: str) -> list[Run]:
-        client = self.client
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        return list(client.search_runs(experiments, f"tags.`qlora.kind` = '{kind}'", order_by=["start_time ASC"]))
+        return runs_of(self.environment, kind)
 
 
 @pytest.fixture(scope="module")
