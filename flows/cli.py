@@ -158,6 +158,15 @@ def reconcile() -> None:
 
 
 @app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Check versions, GPU, disk, both servers, the object store and workers, and say what to do."""
+    settings = _start()
+    from flows.doctor import examine_all
+
+    examine_all(as_json, settings)
+
+
+@app.command()
 def chat(
     model: ModelAtAlias,
     example: Annotated[

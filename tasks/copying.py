@@ -7,8 +7,8 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from qlora_core.errors import RegistryError
-from tasks.failures import without_secrets
 from tasks.registry import ModelRegistry, Version
+from tasks.settings import without_secrets
 from tasks.tracking import Tracker
 
 REPORT_FILES = ("report.html", "report.json", "recipe.json")

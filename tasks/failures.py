@@ -1,13 +1,13 @@
 """What failures of MLflow and Prefect mean to whoever reads the last line of a terminal."""
 
 import os
-from urllib.parse import urlsplit, urlunsplit
 
 import httpx
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from qlora_core.errors import QloraError, RegistryError, RegistryUnavailableError
+from tasks.settings import without_secrets
 
 PASSING = {"TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
 """Codes of MLflow that say nothing about the request; no answer at all is INTERNAL_ERROR too."""
@@ -55,9 +55,3 @@ def explain_prefect(error: BaseException) -> QloraError | None:
     if isinstance(error, httpx.TransportError):
         return QloraError(f"Prefect at {where} does not answer ({type(error).__name__}); is the server up?")
     return None
-
-
-def without_secrets(uri: str) -> str:
-    """The address without the name and password that it may hold."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

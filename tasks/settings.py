@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from urllib.parse import urlsplit, urlunsplit
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -83,3 +84,9 @@ class Settings(BaseSettings):
             }
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
+
+
+def without_secrets(uri: str) -> str:
+    """The address without the name and password that it may hold."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
