@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.integration.conftest import free_port
+
 START_TIMEOUT_S = 60
 
 
@@ -21,7 +23,7 @@ def postgres() -> Iterator[str]:
         if os.geteuid() == 0:  # PostgreSQL refuses to run as root
             shutil.chown(folder, "postgres", "postgres")
         _run([_program("initdb"), "-D", data, "-U", "postgres", "--auth=trust", "--no-sync", "--encoding=UTF8"])
-        port = _free_port()
+        port = free_port()
         options = ["-c", f"unix_socket_directories={folder}", "-c", "fsync=off", "-c", "listen_addresses=127.0.0.1"]
         server = subprocess.Popen(
             _as_postgres([_program("postgres"), "-D", data, "-p", port, *options]),
@@ -61,13 +63,6 @@ def _as_postgres(command: list[object]) -> list[str]:
 
 def _run(command: list[object]) -> None:
     subprocess.run(_as_postgres(command), check=True, capture_output=True)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _wait(port: int) -> None:

@@ -63,7 +63,7 @@ class Team:
         user, _, password = self.environment["PREFECT_API_AUTH_STRING"].partition(":")
         answer = httpx.post(self.prefect_url + path, json=body, auth=(user, password), timeout=30)
         answer.raise_for_status()
-        return answer.json()
+        return answer.json() if answer.content else None
 
     def prefect(self, *arguments: str, check: bool = True) -> "subprocess.CompletedProcess[str]":
         """Run the `prefect` command."""

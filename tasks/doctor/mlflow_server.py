@@ -59,23 +59,16 @@ def _server(uri: str) -> Iterator[Check]:
         do = "start it, or correct MLFLOW_TRACKING_URI; behind a proxy look at its address and certificate"
         yield failed("MLflow", f"{where} does not answer: {_root_of(error)}", do)
         return
-    if answer.status_code == 403 and "host" in answer.text.lower():
-        do = "name it, with and without its port, in MLFLOW_SERVER_ALLOWED_HOSTS of the server"
-        yield failed("MLflow", f"{where} refuses this host name", do)
-        return
     if answer.status_code == 401:  # an older server lets nobody look at its version
         yield ok("MLflow", f"{where} answers")
-    elif answer.status_code != 200:
-        yield failed("MLflow", f"{where} answers {answer.status_code}", "look at the server's log; is this MLflow?")
-        return
     else:
-        yield _version(where, answer.text.strip())
+        yield _version(where, answer.text.strip() if answer.ok else f"{answer.status_code} {answer.reason}")
     if "Date" in answer.headers:
         yield clock("MLflow clock", answer.headers["Date"], time.time())
 
 
 def _version(where: str, theirs: str) -> Check:
-    if not re.match(r"^\d+\.\d+", theirs):
+    if not re.match(r"^\d+\.\d+\.", theirs):
         return failed("MLflow", f"{where} is no MLflow server: it answers {theirs[:60]!r}", "set MLFLOW_TRACKING_URI")
     ours = mlflow.__version__
     if Version(theirs).release[:2] == Version(ours).release[:2]:
@@ -84,6 +77,9 @@ def _version(where: str, theirs: str) -> Check:
 
 
 def _credentials(error: MlflowException, uri: str) -> Check:
+    if "host header" in str(error).lower():
+        do = "name it, with and without its port, in MLFLOW_SERVER_ALLOWED_HOSTS of the server"
+        return failed("MLflow", f"{without_secrets(uri)} refuses this host name", do)
     said = explain(error, uri) or error
     do = "the server's log says more; after an update of MLflow its database needs `mlflow db upgrade`"
     if "does not know this user" in str(said):

@@ -1,6 +1,7 @@
 """One real Prefect server for all integration tests, and the `qlora` command as a user runs it."""
 
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -13,6 +14,9 @@ import pytest
 
 START_TIMEOUT_S = 180
 COMMAND_TIMEOUT_S = 400
+SERVER_PORTS = (12_000, 32_000)
+RANDOM = random.SystemRandom()
+"""Seeded by nobody: two test processes do not try the same ports."""
 
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -69,10 +73,15 @@ def qlora(*arguments: str | Path, environment: dict[str, str]) -> "subprocess.Co
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """One below those that the system hands out to clients: a server may take half a minute before it listens."""
+    while True:
+        port = RANDOM.randrange(*SERVER_PORTS)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def wait_until_healthy(url: str, timeout_s: float = START_TIMEOUT_S) -> None:
