@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from tasks.occasions import Occasion
+
 if TYPE_CHECKING:
     from qlora_core.errors import QloraError
 
@@ -49,6 +51,29 @@ def run(
     from flows.commands import run_recipe
 
     run_recipe(recipe, tuple(set_ or ()), force, settings)
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    grid: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=A,B", help="Values to try, such as train.lora.rank=8,16.")
+    ] = None,
+    range_: Annotated[
+        list[str] | None,
+        typer.Option("--range", metavar="KEY=LOW..HIGH", help="Such as train.learning_rate=1e-5..1e-3."),
+    ] = None,
+    trials: Annotated[
+        int | None, typer.Option(min=1, help="How many to try, as Optuna proposes; the whole grid when left out.")
+    ] = None,
+    set_: Overrides = None,
+    force: Annotated[bool, typer.Option(help="Judge the best again even if nothing has changed.")] = False,
+) -> None:
+    """Train with several settings; the one of the lowest evaluation loss goes on to the gates."""
+    settings = _start()
+    from flows.commands import sweep_recipe
+
+    sweep_recipe(recipe, tuple(grid or ()), tuple(range_ or ()), trials, tuple(set_ or ()), force, settings)
 
 
 @app.command()
@@ -227,6 +252,21 @@ def deploy(
     from flows.deploy import deploy as deploy_recipe
 
     deploy_recipe(recipe, cron, timezone, pool, settings)
+
+
+@app.command()
+def notify(
+    block: Annotated[str, typer.Argument(metavar="TYPE/NAME", help="A block, such as slack-webhook/team.")],
+    recipe: Annotated[Path | None, typer.Argument(help="Of which recipe; of all when left out.")] = None,
+    on: Annotated[
+        list[Occasion] | None, typer.Option(help="What to hear of, may be repeated; everything when left out.")
+    ] = None,
+) -> None:
+    """Send failures and verdicts of retrainings to a notification block of the team's Prefect server."""
+    settings = _start()
+    from flows.deploy import notify as listen
+
+    listen(block, recipe, on or list(Occasion), settings)
 
 
 @app.command("serve-flows")

@@ -7,6 +7,7 @@ from rich.markup import escape
 
 from qlora_core.merging.export import Kind
 from qlora_core.recipe import Recipe, load_recipe
+from qlora_core.sweep import parse_space
 from tasks.settings import Settings
 
 console = Console(highlight=False, soft_wrap=True)
@@ -41,6 +42,32 @@ def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
     outcome = retrain(recipe, force)
     if outcome is not None:
         show_outcome(outcome, settings)
+
+
+def sweep_recipe(
+    path: Path,
+    grid: tuple[str, ...],
+    ranges: tuple[str, ...],
+    trials: int | None,
+    overrides: tuple[str, ...],
+    force: bool,
+    settings: Settings,
+) -> None:
+    """Try several recipes; the best goes on to the gates."""
+    from tasks.preflight import preflight
+
+    recipe = load_recipe(path, overrides)
+    parse_space(grid, ranges, recipe, trials is not None)
+    preflight(recipe, settings)
+    settings.make_home()
+    from flows.show import show_sweep
+    from flows.sweep import sweep
+    from tasks.orphans import end_stray_servers
+
+    if settings.embedded_prefect:
+        console.print("[dim]starting the embedded Prefect server …[/]")
+        end_stray_servers(settings)
+    show_sweep(sweep(path.resolve(), grid, ranges, trials, overrides, force), settings)
 
 
 def reconcile_all(settings: Settings) -> None:

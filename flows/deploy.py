@@ -10,6 +10,7 @@ from rich.console import Console
 from flows.ui import local_prefect
 from qlora_core.errors import RecipeError
 from qlora_core.recipe import load_recipe
+from tasks.occasions import Occasion
 from tasks.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +35,19 @@ def deploy(recipe: Path, cron: str | None, timezone: str, pool: str, settings: S
     console.print(f"now      prefect deployment run '{deployment.full_name}'")
     console.print(f"worker   prefect worker start --pool {pool} --limit 1   (one a GPU)")
     console.print(f"data     qlora data publish {recipe}")
+
+
+def notify(block: str, recipe: Path | None, occasions: list[Occasion], settings: Settings) -> None:
+    """Let a notification block of the Prefect server hear of a recipe, or of all.
+
+    Raises:
+        QloraError: there is no server, or no such block.
+    """
+    from tasks.notifying import notify as listen
+
+    for automation in listen(block, load_recipe(recipe).name if recipe else None, occasions, settings):
+        console.print(f"[bold]{automation}[/]")
+    console.print("They are automations of the Prefect server, to be paused or deleted in its UI.")
 
 
 def serve_flows(recipes: list[Path], cron: str | None, timezone: str, port: int, settings: Settings) -> None:
@@ -91,7 +105,7 @@ def deployment_of(recipe: Path, cron: str | None, timezone: str) -> "RunnerDeplo
         triggers=[trigger],
         parameters={"recipe": str(recipe.resolve())},
         concurrency_limit=ConcurrencyLimitConfig(limit=1, collision_strategy=ConcurrencyLimitStrategy.ENQUEUE),
-        tags=["retrain"],
+        tags=["retrain", name],
         entrypoint_type=EntrypointType.MODULE_PATH,
     )
 

@@ -33,6 +33,7 @@ def approve(reference: str, reject: bool, reason: str, as_json: bool, settings: 
     if run := version.tags.get("qlora.approval_run"):
         _tell_prefect(lambda: approval.close_form(run, not reject, author))
     _say(registry, version, f"{version.name} version {version.number} is {verdict}.", as_json)
+    _announce(version, verdict, author, settings)
 
 
 def promote(reference: str, reason: str, force: bool, as_json: bool, settings: Settings) -> None:
@@ -58,6 +59,7 @@ def promote(reference: str, reason: str, force: bool, as_json: bool, settings: S
     author = moves.me(reason)
     moves.promote(registry, version.name, version.number, against, author, version.tags.get("qlora.reason", reason))
     _say(registry, version, f"{version.name} version {version.number} is champion.", as_json)
+    _announce(version, PROMOTED, author, settings)
 
 
 def roll_back(name: str, reason: str, as_json: bool, settings: Settings) -> None:
@@ -146,6 +148,14 @@ def _show_rollback(name: str, old: int, new: int, author: Author) -> None:
     from flows.promote import show_rollback
 
     show_rollback(name, old, new, author)
+
+
+def _announce(version: Version, verdict: str, author: Author, settings: Settings) -> None:
+    """Let who listens to the team's Prefect server hear of it."""
+    if not settings.embedded_prefect:
+        from tasks.publishing import announce
+
+        announce(version, verdict, f"by {author.who}: {author.why or 'no reason given'}")
 
 
 def _tell_prefect(tell: Callable[[], None]) -> None:

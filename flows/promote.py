@@ -11,6 +11,7 @@ from prefect.logging import get_run_logger
 
 from tasks.approval import AWAITING, Approval, answer, describe, seconds_left
 from tasks.moves import Author
+from tasks.publishing import announce
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
 
@@ -37,6 +38,7 @@ def promote(name: str, number: int) -> str:
     given = suspend_flow_run(wait_for_input=form, timeout=max(1, round(seconds_left(version))), key="approval")
     author = Author(who=given.your_name, why=given.reason)
     verdict = answer(registry, version, given.decision == "approve", author)
+    announce(version, verdict, f"by {author.who}: {author.why or 'no reason given'}")
     create_markdown_artifact(
         f"# {name} version {number}: {verdict}\n\nby {author.who}: {author.why or 'no reason given'}",
         key="qlora-approval",

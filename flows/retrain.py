@@ -3,6 +3,7 @@
 from prefect import flow
 from prefect.runtime import flow_run
 
+from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
 from tasks.download_task import download
 from tasks.evaluate_task import evaluate
@@ -14,7 +15,7 @@ from tasks.promote_task import Outcome, promote
 from tasks.register_task import register
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
-from tasks.tracking import Tracker
+from tasks.tracking import Retraining, Tracker
 from tasks.train_task import train
 from tasks.unchanged import settled
 
@@ -35,15 +36,32 @@ def retrain(recipe: Recipe, force: bool = False) -> Outcome | None:
         return None
     tracker = Tracker(settings)
     end_orphans(tracker)
-    run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url)
+    return candidate(recipe, tracker)
+
+
+def candidate(recipe: Recipe, tracker: Tracker, under: str | None = None) -> Outcome:
+    """Make a candidate and take it to its gates, inside a flow.
+
+    Args:
+        recipe: what to make.
+        tracker: where it is recorded.
+        under: the MLflow run of the sweep that has chosen this recipe.
+    """
+    run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url, under=under)
     with tracker.final_status(run.parent_run_id):
-        ModelRegistry(settings).announce(recipe.name, run.parent_run_id)
-        base = download(run).result()
-        if base.quantization is not None:
-            base = match(run, base).result()
-        dataset = prepare(run, base).result()
-        adapter = train.with_options(timeout_seconds=recipe.train.timeout_h * 3600)(run, base, dataset).result()
+        ModelRegistry(tracker.settings).announce(recipe.name, run.parent_run_id)
+        base, dataset, adapter = trained(run)
         merged = merge(run, base, adapter, dataset).result()
         report = evaluate(run, base, dataset, adapter, merged).result()
         version = register(run, base, dataset, adapter, merged, report).result()
         return promote(run, report, version).result()
+
+
+def trained(run: Retraining) -> tuple[ModelSnapshot, PreparedDataset, Adapter]:
+    """Download, match, prepare and train; what is there is reused."""
+    base = download(run).result()
+    if base.quantization is not None:
+        base = match(run, base).result()
+    dataset = prepare(run, base).result()
+    timeout_s = run.recipe.train.timeout_h * 3600
+    return base, dataset, train.with_options(timeout_seconds=timeout_s)(run, base, dataset).result()

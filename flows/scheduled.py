@@ -39,7 +39,7 @@ def retrain_recipe(recipe: Path, overrides: tuple[Override, ...] = (), force: bo
 
 @flow(name="watch-data", flow_run_name="{recipe}", persist_result=False)
 def watch_data(recipe: Path) -> str | None:
-    """Publish a recipe's data if it has changed: a folder, a file, or the revision of a hub.
+    """Publish a recipe's data if it has changed: a folder or file, an S3 prefix, or the revision of a hub.
 
     Args:
         recipe: a file that the worker can read.

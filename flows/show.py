@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,7 @@ from tasks.registry import Version
 from tasks.settings import Settings
 
 if TYPE_CHECKING:  # it knows all stages and what they need, torch too
+    from flows.sweep import Swept
     from tasks.promote_task import Outcome
     from tasks.registry import Model, ModelRegistry
 
@@ -55,6 +57,21 @@ def show_outcome(outcome: "Outcome", settings: Settings) -> None:
     model = f"{outcome.name}@champion"
     console.print(f"talk      [bold]{this_program()} chat {model} --example[/]")
     console.print(f"serve     models:/{model}   in MLflow at {settings.mlflow_uri}")
+
+
+def show_sweep(swept: "Swept", settings: Settings) -> None:
+    """Every trial, the best one, and what the gates said of it."""
+    keys = list(swept.trials[0].values)
+    table = Table("trial", *keys, "evaluation loss", "", box=None, header_style="bold", padding=(0, 2))
+    for trial in swept.trials:
+        mark = "[bold green]best[/]" if trial == swept.best else f"[red]{escape(trial.error[:60])}[/]"
+        loss = "" if trial.loss is None else f"{trial.loss:.4f}"
+        table.add_row(str(trial.number), *(escape(trial.values[key]) for key in keys), loss, mark)
+    console.print("", table)
+    if swept.outcome is not None:
+        show_outcome(swept.outcome, settings)
+    else:
+        console.print("\nThe gates have judged the best before; `qlora models` shows how, --force judges it again.")
 
 
 def this_program() -> str:

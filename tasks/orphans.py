@@ -69,7 +69,7 @@ def _is_orphan(run: Run) -> bool:
 
 
 def _flow_run_id(run: Run) -> str | None:
-    if run.data.tags.get("qlora.kind") != "retrain":
+    if run.data.tags.get("qlora.kind") not in ("retrain", "sweep", "trial"):
         return None
     flow_run_id: str | None = run.data.tags.get("prefect.flow_run_id")
     return flow_run_id

@@ -10,6 +10,7 @@ from tasks import approval, moves
 from tasks.approval import AWAITING
 from tasks.evaluate_task import decision_of
 from tasks.moves import PROMOTED, Author
+from tasks.publishing import announce
 from tasks.registry import CHAMPION, ModelRegistry, Version
 from tasks.stage import RETRYING, Stage
 from tasks.tracking import Described, Retraining
@@ -44,6 +45,8 @@ def promote(retraining: Retraining, report: EvaluationReport, version: Version) 
             run.describe(_describe(decision, verdict))
         if verdict == AWAITING and not stage.settings.embedded_prefect:
             approval.open_form(registry, registry.version(version.name, version.number))
+        if not stage.settings.embedded_prefect:
+            announce(version, verdict, decision.reason)
         stage.tracker.tag(retraining.parent_run_id, {"qlora.verdict": verdict, "qlora.version": str(version.number)})
         stage.display.done(f"version {version.number} {verdict}: {decision.reason}")
     outcome = Outcome(

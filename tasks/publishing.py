@@ -9,17 +9,21 @@ from hashlib import sha256
 from uuid import uuid4
 
 from prefect.client.orchestration import get_client
+from prefect.logging import get_logger
 from prefect.variables import Variable
 
 from qlora_core.data.prepare import inspect
 from qlora_core.errors import QloraError
 from qlora_core.recipe import LocalSource, Recipe
 from tasks.keys import data_key
+from tasks.registry import Version
 from tasks.settings import Settings
 from tasks.sources import resolve_data
 
 PUBLISHED = "qlora.data.published"
 DRIFTED = "qlora.champion.drifted"
+VERDICT = "qlora.candidate"
+"""How the events about a judged candidate begin: `qlora.candidate.promoted`, `.rejected`, `.awaiting-approval`."""
 
 
 def resource(name: str) -> str:
@@ -44,6 +48,25 @@ def emit(event: str, recipe: str, facts: dict[str, object]) -> None:
     }
     with get_client(sync_client=True) as client:
         client.request("POST", "/events", json=[body])
+
+
+def announce(version: Version, verdict: str, reason: str) -> None:
+    """Emit what was decided about a version; who listens must not change how a retraining ends.
+
+    Args:
+        version: what was judged.
+        verdict: `promoted`, `rejected` or `awaiting approval`.
+        reason: why, in a sentence.
+    """
+    facts = {"version": version.number, "verdict": verdict, "reason": reason}
+    try:
+        emit(
+            f"{VERDICT}.{verdict.replace(' ', '-')}",
+            version.name,
+            {**facts, "report": version.tags.get("qlora.report", "")},
+        )
+    except Exception as error:
+        get_logger(__name__).warning("nobody was told that %s: %s", facts, error)
 
 
 def publish(recipe: Recipe, settings: Settings) -> str:

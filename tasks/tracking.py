@@ -2,7 +2,7 @@
 
 Runs are found again by tags, so that a retry, or the same command after a crash, continues them:
 
-    qlora.kind       `retrain` or `stage`
+    qlora.kind       `retrain` or `stage`; `sweep`, and `trial` below it
     qlora.recipe     SHA-256 of the recipe, on parents
     qlora.stage      the stage's name
     qlora.key        the fingerprint of what the stage made
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 from mlflow import MlflowClient
@@ -28,6 +28,7 @@ from qlora_core.artifacts import Record
 from qlora_core.events import Metrics
 from qlora_core.recipe import Recipe
 from qlora_core.store import sha256_of_json
+from qlora_core.sweep import Space
 from tasks.settings import Settings
 
 PARAM_LIMIT_CHARACTERS = 6000
@@ -114,23 +115,43 @@ class Tracker:
             (settings.root / "mlflow").mkdir(parents=True, exist_ok=True)
         self.client = MlflowClient(settings.mlflow_uri)
 
-    def begin(self, recipe: Recipe, flow_run_id: str, flow_run_url: str | None) -> Retraining:
-        """Open the parent run, or continue the one that an interrupted or failed run of this recipe left behind."""
+    def begin(
+        self,
+        recipe: Recipe,
+        flow_run_id: str,
+        flow_run_url: str | None,
+        kind: Literal["retrain", "sweep", "trial"] = "retrain",
+        under: str | None = None,
+        space: Space | None = None,
+    ) -> Retraining:
+        """Open the parent run, or continue the one that an interrupted or failed run of this recipe left behind.
+
+        Args:
+            recipe: what is made.
+            flow_run_id: the Prefect run that makes it.
+            flow_run_url: where to look at that.
+            kind: the whole path to a verdict, one trial of a sweep, or a sweep.
+            under: the run of the sweep that this is a part of.
+            space: what a sweep tries.
+        """
         experiment_id = self.experiment(recipe.name)
-        digest = sha256_of_json(recipe)
-        run = self._unfinished(experiment_id, digest) or self.client.create_run(
-            experiment_id, run_name=f"retrain {recipe.name}", tags={"qlora.kind": "retrain", "qlora.recipe": digest}
+        digest = sha256_of_json([recipe, space] if space else recipe)
+        tags = {"qlora.kind": kind, "qlora.recipe": digest} | ({"mlflow.parentRunId": under} if under else {})
+        run = self._unfinished(experiment_id, tags) or self.client.create_run(
+            experiment_id, run_name=f"{kind} {recipe.name}", tags=tags
         )
         run_id = run.info.run_id
         where = f"[its Prefect run]({flow_run_url})" if flow_run_url else f"Prefect flow run `{flow_run_id}`"
         tags = {
             "qlora.owner": this_process(),
             "prefect.flow_run_id": flow_run_id,
-            "mlflow.note.content": f"One retraining of **{recipe.name}**: {where}. Each stage is a nested run.",
+            "mlflow.note.content": f"One {kind} of **{recipe.name}**: {where}. What it consists of is nested runs.",
         }
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         self.client.update_run(run_id, status="RUNNING")
-        StageRun(self.client, run, "").params(recipe)
+        StageRun(self.client, run, "").params(
+            {**recipe.model_dump(mode="json"), **({"space": space.model_dump(mode="json")} if space else {})}
+        )
         self.client.log_text(run_id, json.dumps(recipe.model_dump(mode="json"), indent=2), RECIPE)
         return Retraining(recipe=recipe, experiment_id=experiment_id, parent_run_id=run_id, flow_run_id=flow_run_id)
 
@@ -220,9 +241,10 @@ class Tracker:
         now = int(time.time() * 1000)
         self.client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])
 
-    def _unfinished(self, experiment_id: str, digest: str) -> Run | None:
-        runs = self.search(experiment_id, f"tags.`qlora.kind` = 'retrain' AND tags.`qlora.recipe` = '{digest}'", 1)
-        if not runs or runs[0].info.status == "FINISHED":
+    def _unfinished(self, experiment_id: str, tags: Mapping[str, str]) -> Run | None:
+        runs = self.search(experiment_id, " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items()), 1)
+        done = bool(runs) and runs[0].info.status == "FINISHED" and "mlflow.parentRunId" not in tags
+        if not runs or done:  # what a sweep has done is continued with it, so that it has no trial twice
             return None
         alive = runs[0].info.status in OPEN and owner_is_alive(runs[0].data.tags.get("qlora.owner", ""))
         return None if alive else runs[0]

@@ -30,6 +30,7 @@ KINDS = {
     "local": "qlora_core.hub.local",
     "huggingface": "qlora_core.hub.repository",
     "modelscope": "qlora_core.hub.repository",
+    "s3": "qlora_core.hub.s3",
 }
 """Kind of source to its module, imported when one is used: each brings its own client library."""
 

@@ -8,7 +8,7 @@ from qlora_core.recipe.judge import EvaluationRecipe, Gate, Generation, Harness,
 from qlora_core.recipe.merge import MergeRecipe
 from qlora_core.recipe.part import Fraction, Part, Sha256
 from qlora_core.recipe.recipe import Recipe, load_recipe
-from qlora_core.recipe.sources import COMMIT, HubSource, LocalSource, PackageSource, Share, Source
+from qlora_core.recipe.sources import COMMIT, HubSource, LocalSource, PackageSource, S3Source, Share, Source
 from qlora_core.recipe.train import EarlyStopping, Lora, LossSpike, Quantization, TrainRecipe
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "PromotionRecipe",
     "Quantization",
     "Recipe",
+    "S3Source",
     "Sha256",
     "Share",
     "Source",

@@ -121,7 +121,7 @@ def _explain(error: ValidationError, path: Path) -> str:
 def _is_union_tag(part: int | str) -> bool:
     """Pydantic puts the chosen member of a union into the location; a user never wrote it."""
     return isinstance(part, str) and bool(
-        re.match(r"^(package|local|huggingface|modelscope|constrained-|literal\[|int$|tuple\[|dict\[|path$)", part)
+        re.match(r"^(package|local|huggingface|modelscope|s3$|constrained-|literal\[|int$|tuple\[|dict\[|path$)", part)
     )
 
 

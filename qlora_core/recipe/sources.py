@@ -71,7 +71,27 @@ class HubSource(Part):
         return self
 
 
-Source = Annotated[PackageSource | LocalSource | HubSource, Field(discriminator="source")]
+class S3Source(Part):
+    """An object, or everything below a folder, in S3 or what speaks its protocol; keys come from the environment."""
+
+    source: Literal["s3"]
+    url: Annotated[str, Field(pattern=r"^s3://[a-z0-9][a-z0-9.-]+(/[^\s]*)?$")]
+    """`s3://bucket/folder` or `s3://bucket/folder/rows.jsonl`."""
+    revision: Sha256 | None = None
+    """What it must hold; `null` takes whatever is there."""
+
+    @property
+    def bucket(self) -> str:
+        """The bucket's name."""
+        return self.url.removeprefix("s3://").partition("/")[0]
+
+    @property
+    def prefix(self) -> str:
+        """The key, or what all keys begin with; empty for the whole bucket."""
+        return self.url.removeprefix("s3://").partition("/")[2]
+
+
+Source = Annotated[PackageSource | LocalSource | HubSource | S3Source, Field(discriminator="source")]
 
 
 class Share(Part):
@@ -95,4 +115,8 @@ class HubRows(HubSource, Share):
     """Rows in a repository of a hub."""
 
 
-RowsSource = Annotated[PackageRows | LocalRows | HubRows, Field(discriminator="source")]
+class S3Rows(S3Source, Share):
+    """Rows in a bucket."""
+
+
+RowsSource = Annotated[PackageRows | LocalRows | HubRows | S3Rows, Field(discriminator="source")]

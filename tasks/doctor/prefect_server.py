@@ -8,7 +8,7 @@ import httpx
 import prefect
 from packaging.version import Version
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.objects import WorkPool
+from prefect.client.schemas.objects import WorkerStatus, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 
 from tasks.doctor.check import Check, clock, failed, ok, warned
@@ -90,7 +90,7 @@ def _pool(client: SyncPrefectClient, name: str, pool: WorkPool | None, wanted: l
         return failed(what, f"is gone; {who} name it", f"prefect work-pool create {name} --type {PROCESS}")
     if pool.is_paused:
         return warned(what, f"is paused; {who} wait", f"prefect work-pool resume {name}")
-    workers = [w.name for w in client.read_workers_for_work_pool(name) if str(w.status) == "ONLINE"]
+    workers = [w.name for w in client.read_workers_for_work_pool(name) if w.status == WorkerStatus.ONLINE]
     if not workers:
         do = f"prefect worker start --pool {name} --limit 1   (one a GPU)"
         return failed(what, f"has no worker online; {who} would wait for ever", do)

@@ -1,19 +1,34 @@
-"""What commands do with a team's servers, all in one set-up: the doctor. Nothing is mocked."""
+"""What commands do with a team's servers, in one set-up: doctor, notifications, watchers, sweeps. Nothing is mocked."""
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from urllib.parse import urlsplit
 
+import mlflow
 import psutil
 import pytest
+from mlflow import MlflowClient
+from prefect import tags
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
+from flows.scheduled import retrain_recipe, watch_data
+from qlora_core.errors import RecipeError
 from tasks.doctor import check, mlflow_server, prefect_server
+from tasks.notifying import notify as listen
+from tasks.occasions import Occasion
+from tasks.publishing import announce, resource
+from tasks.registry import Version
 from tasks.settings import Settings
 from tests.integration.conftest import free_port, qlora
-from tests.team import Team, team
-from tests.tiny import write_recipe
+from tests.integration.hub_server import HubServer
+from tests.integration.hub_server import running as running_hub
+from tests.team import BUCKET, Team, team, wait_for
+from tests.tiny import write_recipe, write_rows
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +42,7 @@ def us(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_recipe(tmp_path_factory.mktemp("recipe"))
+    return write_recipe(tmp_path_factory.mktemp("recipe"), evaluation={"metrics": ["loss"]})
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +124,154 @@ def test_the_doctor_wants_the_extension_that_prefect_needs(us: Team, monkeypatch
         connection.execute("CREATE TABLE alembic_version AS SELECT 'anything' AS version_num")
     monkeypatch.setenv(databases.PREFECT_DATABASE, url.removesuffix("prefect") + "postgres")
     assert "lacks pg_trgm" in failure(databases.examine(Settings())).found
+
+
+class Receiver(ThreadingHTTPServer):
+    """Takes what a webhook sends, and answers as it is told to."""
+
+    def __init__(self, status: int = 200) -> None:
+        super().__init__(("127.0.0.1", 0), Receives)
+        self.status, self.received = status, list[dict[str, str]]()
+
+    def heard(self, text: str) -> dict[str, str]:
+        """The message with this text in its subject, waited for."""
+        return wait_for(f"message about {text}", lambda: [m for m in self.received if text in m["subject"]], 60)[0]
+
+
+class Receives(BaseHTTPRequestHandler):
+    server: Receiver
+
+    def do_POST(self) -> None:
+        self.server.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+        self.send_response(self.server.status)
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def webhook(name: str, status: int = 200) -> Iterator[Receiver]:
+    """A receiver, and the block of the Prefect server that sends to it."""
+    with Receiver(status) as receiver:
+        Thread(target=receiver.serve_forever, daemon=True).start()
+        message = {"subject": "{{subject}}", "body": "{{body}}"}
+        url = f"http://127.0.0.1:{receiver.server_port}"
+        CustomWebhookNotificationBlock(name=name, url=url, json_data=message).save(name, overwrite=True)
+        yield receiver
+        receiver.shutdown()
+
+
+def candidate(number: int) -> Version:
+    tags = {"qlora.report": "http://mlflow/report.html"}
+    return Version(name="tiny-painter", number=number, run_id="", aliases=(), tags=tags, created_ms=0)
+
+
+def test_a_block_hears_of_verdicts_and_of_failures_and_one_that_is_broken_harms_nobody(us: Team, recipe: Path):
+    with webhook("team") as team_chat, webhook("broken", status=500) as broken:
+        said = qlora("notify", "custom-webhook/team", environment=us.environment)
+        assert said.returncode == 0, said.stderr
+        listen("custom-webhook/broken", "tiny-painter", [Occasion.PROMOTED], Settings())
+        announce(candidate(3), "rejected", "loss against the champion")
+        announce(candidate(4), "promoted", "2 gates of 2 passed")
+        assert team_chat.heard("tiny-painter version 3 rejected")["body"] == (
+            "loss against the champion\nhttp://mlflow/report.html"
+        )
+        team_chat.heard("version 4 promoted")
+        broken.heard("version 4 promoted")
+
+        with pytest.raises(RecipeError), tags("retrain"):
+            retrain_recipe(recipe.with_name("missing.yaml"))
+        assert "no recipe at" in team_chat.heard("Failed")["body"]
+        assert {message["subject"].rpartition(" ")[2] for message in broken.received} == {"promoted"}
+
+
+def test_the_same_command_again_changes_what_a_block_hears(us: Team):
+    with webhook("quiet") as chat:
+        listen("custom-webhook/quiet", None, list(Occasion), Settings())
+        assert len(listen("custom-webhook/quiet", None, [Occasion.REJECTED], Settings())) == 1
+        announce(candidate(5), "promoted", "")
+        announce(candidate(6), "rejected", "")
+        chat.heard("version 6")
+        assert len(chat.received) == 1
+
+
+def test_a_block_that_does_not_exist_is_answered_with_those_that_do(us: Team):
+    said = qlora("notify", "slack-webhook/team", environment=us.environment)
+    assert said.returncode == 1
+    assert "there is no block slack-webhook/team" in said.stderr
+    assert "custom-webhook/team" in said.stderr
+
+
+def test_an_announcement_that_nobody_takes_ends_nothing(us: Team, caplog: pytest.LogCaptureFixture):
+    with as_member(us, PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api"):
+        announce(candidate(7), "promoted", "")
+    assert "nobody was told" in caplog.text
+
+
+def put_rows(place: str, content: bytes, us: Team, hub: HubServer, folder: Path) -> dict[str, str]:
+    """Rows in one of the three kinds of places, and the source that names them."""
+    if place == "folder":
+        (folder / "rows").mkdir(exist_ok=True)
+        (folder / "rows" / "rows.json").write_bytes(content)
+        return {"source": "local", "path": "rows"}
+    if place == "S3 prefix":
+        us.s3().put_object(Bucket=BUCKET, Key="incoming/rows.json", Body=content)
+        return {"source": "s3", "url": f"s3://{BUCKET}/incoming"}
+    hub.commit("datasets", "acme/rows", {"rows.json": content})
+    return {"source": "huggingface", "repo": "acme/rows"}
+
+
+@pytest.mark.parametrize("place", ["folder", "S3 prefix", "hub revision"])
+def test_a_watcher_publishes_what_has_changed_and_nothing_else(us: Team, tmp_path: Path, monkeypatch, place: str):
+    for name, value in {
+        "AWS_ENDPOINT_URL": us.s3_url,
+        "AWS_ACCESS_KEY_ID": "mlflow",
+        "AWS_SECRET_ACCESS_KEY": us.secret,
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    first, second = (write_rows(tmp_path / "rows.json", count).read_bytes() for count in (10, 11))
+    with running_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.url)
+        rows = put_rows(place, first, us, hub, tmp_path)
+        name = f"watched-{place.replace(' ', '-')}"
+        data = {"rows": [rows], "seq_len_tokens": 128}
+        watched = write_recipe(tmp_path, name=name, data=data)
+        published = watch_data(watched)
+        assert published is not None
+        assert watch_data(watched) is None
+        put_rows(place, second, us, hub, tmp_path)
+        assert watch_data(watched) not in (published, None)
+    wanted = {"event": {"name": ["qlora.data.published"]}, "resource": {"id": [resource(name)]}}
+    wait_for("both events", lambda: len(us.ask("/events/filter", filter=wanted)["events"]) == 2, 60)
+
+
+def test_a_sweep_trains_each_trial_once_and_takes_the_best_to_its_gates(us: Team, recipe: Path):
+    with webhook("sweeps") as chat:
+        listen("custom-webhook/sweeps", "tiny-painter", [Occasion.PROMOTED, Occasion.REJECTED], Settings())
+        values = ["--grid", "train.learning_rate=0.02,1e-6", "--set", "train.max_steps=6"]
+        said = qlora("sweep", recipe, *values, environment=us.environment)
+        assert said.returncode == 0, said.stdout + said.stderr
+        assert chat.heard("tiny-painter version 1")["body"].startswith("2 gates of 2 passed")
+
+    client = MlflowClient(us.mlflow_url)
+    experiment = client.get_experiment_by_name("tiny-painter")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    (parent,) = [run for run in runs if run.data.tags["qlora.kind"] == "sweep"]
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert [run.data.tags["qlora.kind"] for run in below] == ["trial", "trial", "retrain"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    losses = [run.data.metrics["evaluation_loss"] for run in below[:2]]
+    assert losses[0] < losses[1]  # 1e-6 learns nothing in six steps
+    assert parent.data.metrics["best_loss"] == losses[0]
+    assert below[2].data.params["train.learning_rate"] == "0.02"
+
+    stages = [run.data.tags["qlora.stage"] for run in runs if run.data.tags["qlora.kind"] == "stage"]
+    assert [stages.count(stage) for stage in ("download", "prepare", "train", "merge")] == [1, 1, 2, 1]
+    table = mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/trials.json")
+    assert [row[table["columns"].index("evaluation loss")] for row in table["data"]] == losses
+    assert "trials.png" in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
 def test_the_doctor_notices_that_the_object_store_is_down(us: Team):

@@ -1,0 +1,96 @@
+"""The flow that tries several recipes and takes the best of them to its gates."""
+
+import math
+from pathlib import Path
+from typing import Annotated
+
+from prefect import flow
+from prefect.logging import get_run_logger
+from prefect.runtime import flow_run
+from pydantic import Field
+
+from flows.retrain import candidate, trained
+from flows.scheduled import Override
+from qlora_core.artifacts import Record
+from qlora_core.recipe import Recipe, load_recipe
+from qlora_core.sweep import Trial, best_of, overrides, parse_space
+from tasks.orphans import end_orphans
+from tasks.promote_task import Outcome
+from tasks.search import search
+from tasks.settings import Settings
+from tasks.sweeping import record
+from tasks.tracking import Retraining, Tracker
+from tasks.unchanged import settled
+
+
+class Swept(Record):
+    """What a sweep has found."""
+
+    trials: tuple[Trial, ...]
+    best: Trial
+    outcome: Outcome | None
+    """What the gates said of the best; None if they had judged it before."""
+
+
+@flow(name="sweep", flow_run_name="sweep {recipe}", persist_result=False)
+def sweep(
+    recipe: Path,
+    grid: tuple[Override, ...] = (),
+    ranges: tuple[Override, ...] = (),
+    trials: Annotated[int, Field(ge=1)] | None = None,
+    set: tuple[Override, ...] = (),  # noqa: A002 - as the option is called
+    force: bool = False,
+) -> Swept:
+    """Train every point of a grid, or as many as Optuna may propose, and judge the one of the lowest evaluation loss.
+
+    Args:
+        recipe: a file that the worker can read.
+        grid: keys with the values to try, such as `train.learning_rate=1e-4,2e-4`.
+        ranges: keys with a lowest and a highest number, such as `train.lora.rank=8..64`.
+        trials: how many to propose; left empty, the whole grid is tried.
+        set: what all trials have in common, such as `train.epochs=2`.
+        force: judge the best again even if nothing has changed.
+    """
+    settings, base = Settings(), load_recipe(recipe, set)
+    space = parse_space(grid, ranges, base, trials is not None)
+    for point in space.corners():  # what is no recipe is said before the first training
+        load_recipe(recipe, (*set, *overrides(point)))
+    points = search(space, trials, base.seed)
+    tracker = Tracker(settings)
+    end_orphans(tracker)
+    run = tracker.begin(base, str(flow_run.id), flow_run.ui_url, kind="sweep", space=space)
+    with tracker.final_status(run.parent_run_id):
+        done: list[Trial] = []
+        for point in points:
+            done.append(_try(load_recipe(recipe, (*set, *overrides(point))), point, len(done) + 1, run))
+            points.tell(done[-1].loss)
+            record(tracker, run, done)
+        best = best_of(done)
+        chosen = load_recipe(recipe, (*set, *overrides(best.values)))
+        judged = not force and settled(chosen, settings)
+        outcome = None if judged else candidate(chosen, tracker, under=run.parent_run_id)
+    return Swept(trials=tuple(done), best=best, outcome=outcome)
+
+
+@flow(name="trial", flow_run_name="trial {number}", persist_result=False)
+def trial(recipe: Recipe, number: int, sweep_run_id: str) -> tuple[float, str]:
+    """Train one recipe of a sweep; returns its evaluation loss and its MLflow run."""
+    tracker = Tracker(Settings())
+    run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url, kind="trial", under=sweep_run_id)
+    with tracker.final_status(run.parent_run_id):
+        _, _, adapter = trained(run)
+        scores = {"evaluation_loss": adapter.evaluation_loss, "train_loss": adapter.train_loss}
+        tracker.log_final(run.parent_run_id, scores)
+        return adapter.evaluation_loss, run.parent_run_id
+
+
+def _try(recipe: Recipe, point: dict[str, str], number: int, run: Retraining) -> Trial:
+    """One trial; its failure is a result too, and the others go on."""
+    state = trial(recipe, number, run.parent_run_id, return_state=True)
+    if not state.is_completed():
+        get_run_logger().warning("trial %d failed: %s", number, state.message)
+        return Trial(number=number, values=point, loss=None, error=state.message or str(state.type))
+    loss, run_id = state.result()
+    if not math.isfinite(loss):
+        return Trial(number=number, values=point, loss=None, error=f"its loss is {loss}", run_id=run_id)
+    return Trial(number=number, values=point, loss=loss, run_id=run_id)
