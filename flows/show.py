@@ -4,8 +4,9 @@ import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -166,10 +167,10 @@ def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) ->
         f"{dataset.longest_row_tokens:,} tokens"
     )
     console.print(f"tokens    {dataset.train_tokens:,}, {dataset.trained_tokens:,} of them carry loss")
-    for reason, count in dataset.noticed.items():
-        console.print(f"[yellow]noticed[/]   {count:,} rows: {reason}")
-    for reason, count in dataset.dropped.items():
-        console.print(f"dropped   {count:,} rows: {reason}")
+    summary = json.loads((dataset.path / "summary.json").read_text())
+    for title, reasons in (("not used", summary["dropped"]), ("noticed", summary["noticed"])):
+        if reasons:
+            console.print(_reasons(title, reasons))
     step_tokens = round(dataset.train_tokens / dataset.train_rows * recipe.train.effective_batch_rows)
     for name, limit_gib in (("memory", 80.0), ("", 24.0)):
         plan = plan_memory(facts, recipe.train, dataset.longest_row_tokens, step_tokens, limit_gib * 0.9)
@@ -187,6 +188,18 @@ def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) ->
         for segment in row["segments"]:
             text.append(segment["text"], style="bold green" if segment["trained"] else "")
         console.print(text)
+    console.print(f"\nThe whole page: {dataset.path / 'page.html'}", soft_wrap=True)
+
+
+def _reasons(title: str, reasons: Mapping[str, Any]) -> Table:
+    """Why rows are not used, or deserve a look, with an example and what to do."""
+    table = Table(title, "rows", "first example", "what to do", box=None, padding=(0, 1, 0, 0), header_style="bold")
+    table.columns[1].justify = "right"
+    for code, found in reasons.items():
+        example = found["example"]
+        place = escape(f"{example['file']}:{example['row']}: {example['detail']}")
+        table.add_row(code, f"{found['rows']:,}", place, escape(found["remedy"]))
+    return table
 
 
 def format_number(metric: str, value: float | None) -> str:

@@ -66,8 +66,9 @@ class Candidates:
 
     def _of_file(self, folder: Path, file: DataFile, evaluation: bool | None) -> Iterator[Candidate]:
         """The candidates of one file; `evaluation` is the side of all its rows, None if they are split."""
+        counts = self._tally.files[file.name]
         for number, value in read_rows(folder / file.name):
-            self._tally.read += 1
+            counts.read_rows += 1
             try:
                 if isinstance(value, RowProblem):
                     raise value

@@ -3,6 +3,7 @@
 from array import array
 from collections.abc import Sequence
 from contextlib import ExitStack
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import NamedTuple, Self
 
@@ -70,8 +71,8 @@ class Output:
         self._keys_schema = keys_schema(way)
         self._keys = open_(pa.ipc.new_file(open_(pa.OSFile(str(into / KEYS_FILE), "wb")), self._keys_schema))
         self.train, self.evaluation, self.reused_rows = Side(), Side(), 0
-        self.preview: list[tuple[str, Tokens]] = []
-        """Name and tokens of the first training rows."""
+        self._first: dict[str, list[tuple[str, Tokens]]] = {}
+        """The first training rows of the first files."""
 
     def __enter__(self) -> Self:
         return self
@@ -97,8 +98,22 @@ class Output:
         for row in kept:
             (self.evaluation if row.evaluation else self.train).add(row.tokens)
             self.reused_rows += row.reused
-        missing = PREVIEW_ROWS - len(self.preview)
-        self.preview += [(row.row_id, row.tokens) for row in train[:missing]]
+            counts = self._tally.files[row.file]
+            if row.evaluation:
+                counts.evaluation_rows += 1
+                continue
+            counts.train_rows += 1
+            counts.train_tokens += len(row.tokens.ids)
+            if row.file in self._first or len(self._first) < PREVIEW_ROWS:
+                first = self._first.setdefault(row.file, [])
+                if len(first) < PREVIEW_ROWS:
+                    first.append((row.row_id, row.tokens))
+
+    @property
+    def preview(self) -> list[tuple[str, Tokens]]:
+        """Name and tokens of a few training rows, of different files if there are several."""
+        in_turn = (row for rows in zip_longest(*self._first.values()) for row in rows if row is not None)
+        return list(islice(in_turn, PREVIEW_ROWS))
 
     def _fits(self, row: Finished) -> bool:
         length = len(row.tokens.ids)

@@ -5,31 +5,44 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-FACTS = {
-    "read_rows": "Rows read",
-    "train_rows": "Training rows",
-    "evaluation_rows": "Evaluation rows",
-    "train_tokens": "Tokens in training rows",
-    "trained_tokens": "of which carry loss",
-    "longest_row_tokens": "Longest row",
-    "forgetting_tokens": "Tokens of plain text, to measure forgetting",
-}
 CHART_WIDTH, CHART_HEIGHT, GAP = 640, 140, 2
+TICKS = 4
 
 
 def render_page(summary: Mapping[str, Any], preview: Sequence[Mapping[str, Any]]) -> str:
     """The page for what summary.json and preview.json hold; it loads nothing from elsewhere."""
-    facts = [(name, f"{summary[key]:,}") for key, name in FACTS.items()]
-    facts.append(("Packing efficiency", f"{summary['packing_efficiency']:.1%}"))
     templates = Environment(loader=PackageLoader("qlora_core.data"), autoescape=True, undefined=StrictUndefined)
     page = templates.get_template("page.html.j2")
     return page.render(
-        facts=facts,
-        dropped=summary["dropped"],
-        noticed=summary["noticed"],
+        summary=summary,
+        facts=_facts(summary),
+        dropped_rows=sum(reason["rows"] for reason in summary["dropped"].values()),
         bars=_bars(summary["lengths"]),
+        ticks=_ticks(summary["lengths"]["edges_tokens"][-1]),
+        most=max(summary["lengths"]["rows"]),
         preview=preview,
     )
+
+
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    packed = summary["seq_len_tokens"] * summary["packing_efficiency"]
+    facts = [
+        ("Tokens to train on", f"{summary['train_tokens']:,}"),
+        ("of which carry loss", _with_share(summary["trained_tokens"], summary["train_tokens"])),
+        ("Longest row", f"{summary['longest_row_tokens']:,} of {summary['seq_len_tokens']:,} tokens"),
+        ("Packed", f"{_packs(summary['train_tokens'], packed)}, {summary['packing_efficiency']:.1%} full"),
+    ]
+    if summary["forgetting_tokens"]:
+        facts.append(("Plain text, to measure forgetting", f"{summary['forgetting_tokens']:,} tokens"))
+    return facts
+
+
+def _packs(tokens: int, tokens_a_pack: float) -> str:
+    return f"into {round(tokens / tokens_a_pack):,} sequences"
+
+
+def _with_share(part: int, whole: int) -> str:
+    return f"{part:,} ({part / whole:.0%})"
 
 
 def _bars(lengths: Mapping[str, Sequence[int]]) -> list[dict[str, float]]:
@@ -46,3 +59,8 @@ def _bars(lengths: Mapping[str, Sequence[int]]) -> list[dict[str, float]]:
         }
         for at, count in enumerate(rows)
     ]
+
+
+def _ticks(longest: int) -> list[tuple[float, int]]:
+    """Where on the axis which length stands."""
+    return [(CHART_WIDTH * at / TICKS, longest * at // TICKS) for at in range(TICKS + 1)]

@@ -7,7 +7,7 @@ Every row that does not arrive is counted with the reason, see `reasons.py`.
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from qlora_core.data.pipeline import finish
 from qlora_core.data.read import inspect, read_text
 from qlora_core.data.reuse import Earlier, comparable
 from qlora_core.data.shorten import Shortener
-from qlora_core.data.summary import Tally, counts_as_json, histogram
+from qlora_core.data.summary import Tally, counts_as_json, files_as_json, histogram
 from qlora_core.data.template import ChatTemplate
 from qlora_core.data.tokenize import RowTokenizer, UnequalIdsError, segments
 from qlora_core.errors import DataError
@@ -92,7 +92,8 @@ def prepare(
         packing_efficiency=efficiency(output.train.lengths, recipe.seq_len_tokens),
         reused_rows=output.reused_rows,
     )
-    _describe(into, record, tally, output, tokenizer)
+    sources = {file.name: file.source for file in (*raw.evaluation, *raw.rows)}
+    _describe(into, record, recipe, sources, tally, output, tokenizer)
     report(Note(message=_sentence(record)))
     return record
 
@@ -161,7 +162,13 @@ def _write_forgetting(recipe: DataRecipe, raw: DataSnapshot, tokenizer: "PreTrai
 
 
 def _describe(
-    into: Path, record: PreparedDataset, tally: Tally, output: Output, tokenizer: "PreTrainedTokenizerFast"
+    into: Path,
+    record: PreparedDataset,
+    recipe: DataRecipe,
+    sources: Mapping[str, str],
+    tally: Tally,
+    output: Output,
+    tokenizer: "PreTrainedTokenizerFast",
 ) -> None:
     """Write summary.json, preview.json and page.html, for people."""
     facts = record.model_dump(
@@ -169,7 +176,9 @@ def _describe(
     )
     summary = {
         "read_rows": tally.read,
+        "seq_len_tokens": recipe.seq_len_tokens,
         **facts,
+        "files": files_as_json(tally, sources),
         "dropped": counts_as_json(tally.drops),
         "noticed": counts_as_json(tally.notices),
         "lengths": histogram(output.train.lengths + output.evaluation.lengths, record.longest_row_tokens),

@@ -1,6 +1,8 @@
 """What happened to the rows: counts by reason with an example each, token counts, lengths, and rows to look at."""
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -26,22 +28,39 @@ class Drop(Record):
     example: Example
 
 
+@dataclass
+class FileCounts:
+    """What became of the rows of one file; a row that is trained on twice is two training rows."""
+
+    read_rows: int = 0
+    train_rows: int = 0
+    evaluation_rows: int = 0
+    dropped_rows: int = 0
+    train_tokens: int = 0
+
+
 class Tally:
     """Counts rows while they pass."""
 
     def __init__(self) -> None:
-        self.read = 0
+        self.files: defaultdict[str, FileCounts] = defaultdict(FileCounts)
         self.drops: dict[str, Drop] = {}
         self.notices: dict[str, Drop] = {}
         """Of rows that are kept."""
 
     def drop(self, problem: RowProblem, file: str, row: int) -> None:
         """Count a row that is not used."""
+        self.files[file].dropped_rows += 1
         _count(self.drops, problem, file, row)
 
     def notice(self, problem: RowProblem, file: str, row: int) -> None:
         """Count a row that is used, but that a person should know of."""
         _count(self.notices, problem, file, row)
+
+    @property
+    def read(self) -> int:
+        """Rows of all files."""
+        return sum(file.read_rows for file in self.files.values())
 
     @property
     def dropped(self) -> dict[str, int]:
@@ -70,11 +89,16 @@ class Tally:
         return {code: notice.rows for code, notice in sorted(self.notices.items())}
 
 
+def files_as_json(tally: Tally, sources: Mapping[str, str]) -> list[dict[str, Any]]:
+    """For summary.json: the files with their counts; `sources` says where each came from."""
+    return [{"file": name, "source": sources[name], **asdict(counts)} for name, counts in tally.files.items()]
+
+
 def counts_as_json(counts: Mapping[str, Drop]) -> dict[str, Any]:
-    """For summary.json."""
+    """For summary.json, most frequent first."""
     return {
         code: {"meaning": REASONS[code].meaning, "remedy": REASONS[code].remedy, **count.model_dump()}
-        for code, count in sorted(counts.items())
+        for code, count in sorted(counts.items(), key=lambda item: -item[1].rows)
     }
 
 

@@ -64,6 +64,22 @@ def test_a_weight_repeats_training_rows_or_leaves_rows_out_and_a_cap_takes_the_f
     assert dataset.dropped == {"left_out": 40 - len(used["b"]) + 33}
 
 
+def test_the_summary_counts_each_file_and_shows_rows_of_several(base, tmp_path):
+    raw = write(tmp_path, a=counting(range(1, 41)), b=[*counting(range(41, 61)), {}], c=counting(range(61, 81)))
+    dataset = run(base, raw, tmp_path / "out", rows=[SOURCE, SOURCE, SOURCE], max_bad_rows=0.1)
+    summary = json.loads((dataset.path / "summary.json").read_text())
+    files = {file["file"]: file for file in summary["files"]}
+    assert [file["read_rows"] for file in files.values()] == [40, 21, 20]
+    assert (files["b.jsonl"]["dropped_rows"], files["a.jsonl"]["dropped_rows"]) == (1, 0)
+    assert sum(file["train_tokens"] for file in files.values()) == dataset.train_tokens
+    train = names(dataset, "train")
+    assert all(sum(row.startswith(name) for row in train) == file["train_rows"] for name, file in files.items())
+    shown = [row["row_id"] for row in json.loads((dataset.path / "preview.json").read_text())]
+    assert shown == [next(row for row in train if row.startswith(file)) for file in "abc"]
+    page = (dataset.path / "page.html").read_text()
+    assert all(text in page for text in ("b.jsonl:21", "unknown_format", f"{dataset.train_tokens:,}"))
+
+
 def test_a_repeated_row_is_reused_as_itself(base, tmp_path):
     raw = write(tmp_path, a=counting(range(1, 41)))
     rows = [{**SOURCE, "weight": 2.5}]
