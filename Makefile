@@ -5,8 +5,9 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 GPTQ   := .venv-gptq
 GPTQ_STAMP := $(GPTQ)/.installed
+TRITON := .triton
 
-.PHONY: quickstart test test-gptq team-test check ui clean help
+.PHONY: quickstart test test-gptq test-kernels team-test check ui clean help
 
 help:            ## what can be typed
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 14
@@ -23,6 +24,9 @@ test: $(STAMP)   ## all tests that need no GPU
 test-gptq: $(GPTQ_STAMP)  ## the tests of GPTQ bases and of the lm-evaluation-harness, in an environment that has them
 	$(GPTQ)/bin/python -m pytest -m "gptq or extras"
 
+test-kernels: $(TRITON)/.installed  ## the GPU kernels, run by Triton's interpreter on the CPU
+	TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/kernels
+
 team-test: $(STAMP)  ## a team's servers, a worker, schedules and events, on this machine; stopped at the end
 	$(BIN)/python -m pytest tests/integration/test_team.py
 
@@ -33,7 +37,7 @@ check: $(STAMP)  ## style, types, import rules
 	$(BIN)/lint-imports
 
 clean:           ## remove the virtual environment and caches, keep .qlora
-	rm -rf $(VENV) $(GPTQ) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(GPTQ) $(TRITON) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,4 +50,9 @@ $(GPTQ_STAMP): $(STAMP)
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
 	  > "$$($(GPTQ)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
 	$(GPTQ)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[gptq,eval]'
+	@touch $@
+
+# In a folder of its own: beside a torch for CPUs, other libraries would take it for the sign of a GPU.
+$(TRITON)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target $(TRITON) triton
 	@touch $@

@@ -1,0 +1,124 @@
+"""Every Triton kernel against torch in fp32, run by Triton's interpreter: no GPU is needed, and none is faster for it.
+
+What only a GPU shows, bf16 and the engine as a whole, is in `tests/gpu`.
+"""
+
+import pytest
+import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+from qlora_core.training.engine import ops
+from qlora_core.training.engine.kernels import cross_entropy, dequantize, elementwise, gated, products
+from qlora_core.training.engine.weights import Gptq
+from tests.quantized import pack_gptq
+
+TOKENS, WIDTH, RANK, EPS = 20, 200, 8, 1e-6
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def close(got, expected) -> None:
+    """Single tensors or sequences of them; Nones stand for what a kernel gives nothing for."""
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def both(kernel, reference, *tensors: torch.Tensor) -> None:
+    """What the two return, and what they leave in their arguments, is the same."""
+    mine, theirs = ([t.clone() for t in tensors] for _ in range(2))
+    made, expected = kernel(*mine), reference(*theirs)
+    if expected is not None:
+        close(made, expected)
+    close(mine, theirs)
+
+
+def test_norms():
+    h, d, grad = torch.randn(3, TOKENS, WIDTH)
+    weight = torch.rand(WIDTH) + 0.5
+    both(lambda h, w: elementwise.rms_norm(h, w, EPS), lambda h, w: ops.rms_norm(h, w, EPS), h, weight)
+    summed, normed = elementwise.add_rms_norm(h, d.clone(), weight, EPS)
+    close([summed, normed], list(ops.add_rms_norm(h, d.clone(), weight, EPS)))
+    both(
+        lambda h, w, g, r: elementwise.rms_norm_backward(h, w, EPS, g, r),
+        lambda h, w, g, r: ops.rms_norm_backward(h, w, EPS, g, r),
+        h, weight, grad, d,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("normed", [False, True])
+def test_rotary_embedding(normed):
+    angle = torch.randn(TOKENS, 16)
+    cos, sin = torch.cat([angle.cos()] * 2, 1), torch.cat([angle.sin()] * 2, 1)
+    qkv, norms = torch.randn(TOKENS, 8 * 32), tuple(torch.rand(2, 32) + 0.5) if normed else None
+
+    def rotated(function):
+        out = torch.zeros(TOKENS, 6 * 32)
+        function(qkv, out, cos, sin, norms, EPS, 4, 2)
+        return out
+
+    close(rotated(elementwise.rotate), rotated(ops.rotate))
+    grads, raw = tuple(torch.randn(TOKENS, heads, 32) for heads in (4, 2, 2)), qkv if normed else None
+    back = [f(grads, raw, cos, sin, norms, EPS) for f in (elementwise.rotate_backward, ops.rotate_backward)]
+    close(*back)
+
+
+def test_gated_activation_and_the_adapter_behind_it():
+    shapes = (70, 600), (RANK, 300), (70, 300), (70, RANK)  # more than one tile of each
+    gate_up, a, grad, low_grad = (torch.randn(*shape) for shape in shapes)
+    close(gated.swiglu(gate_up), ops.swiglu(gate_up, None)[0])
+    close(list(gated.swiglu_low(gate_up, a)), list(ops.swiglu(gate_up, a)))
+    both(gated.swiglu_backward, ops.swiglu_backward, grad, gate_up, low_grad, torch.ones(RANK, 300))
+    alone = gate_up.clone(), gate_up.clone()
+    gated.swiglu_backward(grad, alone[0], None, None)
+    ops.swiglu_backward(grad, alone[1], None, None)
+    close(*alone)
+
+
+def test_both_products_of_an_adapter_read_the_wide_matrix_once():
+    x, m, u = torch.randn(300, 520), torch.randn(520, RANK), torch.randn(300, RANK)
+    low, grad = torch.empty(300, RANK), torch.ones(520, RANK)
+    products.both_sides(x, m, u, low, grad, 0.5)
+    close([low, grad], [x @ m, 1 + 0.5 * x.t() @ u])
+
+
+def test_cross_entropy():
+    both(cross_entropy.cross_entropy, ops.cross_entropy, torch.randn(9, 9000), torch.randint(-1, 9000, (9,)))
+
+
+def test_dropout_keeps_its_share_and_its_mask():
+    x, seed = torch.ones(TOKENS, WIDTH), torch.zeros(1, dtype=torch.int64)
+    first, again, other = (elementwise.dropout(x, seed, number, 0.25, None) for number in (0, 0, 1))
+    close(first, again)
+    assert not torch.equal(first, other)
+    assert first.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
+    assert (first > 0).float().mean() == pytest.approx(0.75, abs=0.02)
+    close(elementwise.dropout(x, seed, 0, 0.25, x.clone()), x + first)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_4bit_weights_with_the_adapter_added(kind, nested):
+    weight, a, b = torch.randn(130, 192), torch.randn(RANK, 192), torch.randn(130, RANK)
+    packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
+    inner = state.state2
+    scales = (inner.code, inner.absmax, state.offset, inner.blocksize) if nested else None
+    expected = dequantize_4bit(packed, state)
+    for pair, added in (((None, None), 0), ((a, b), b @ a)):
+        out = torch.full((130, 192), torch.nan)
+        dequantize.dequantize_4bit(packed, state.absmax, scales, state.code, *pair, out)
+        close(out, expected + added)
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_weights_with_the_adapter_added(bits):
+    a, b = torch.randn(RANK, 128), torch.randn(96, RANK)
+    parts = pack_gptq(torch.randn(96, 128), bits, group=32)
+    stored = Gptq(parts["qweight"], parts["scales"], parts["qzeros"], parts["g_idx"], bits, zero_offset=1)
+    out, expected = torch.full((96, 128), torch.nan), torch.empty(96, 128)
+    stored.fill(expected, a, b)
+    dequantize.dequantize_gptq(
+        stored.packed, stored.scales, stored.zeros, stored.groups, bits, stored.zero_offset, a, b, out
+    )
+    close(out, expected)
