@@ -1,9 +1,19 @@
-"""The pictures of the README, taken in a real browser from a finished quickstart.
+"""The pictures of the README, taken in a real browser from a quickstart that waits for approval.
 
-Run `qlora ui` in the checkout, then `python docs/screenshots.py` beside it. Needs `pip install selenium` and Debian's
-chromium and chromium-driver.
+In the checkout, `qlora ui`; beside it, with PREFECT_API_URL=http://127.0.0.1:4200/api and
+MLFLOW_TRACKING_URI=http://127.0.0.1:5000:
+
+    prefect work-pool create care --type process
+    prefect --no-prompt deploy --name approval --prefect-file deployments/prefect.yaml
+    prefect worker start --pool care                                                   # stays
+    qlora run deployments/recipes/quickstart.yaml --set promotion.approval=manual
+    python docs/screenshots.py [--model NAME] [--only approval-form]
+
+The last fills the form in and submits it. Needs `pip install selenium` and Debian's chromium and chromium-driver.
 """
 
+import argparse
+import os
 import tempfile
 import time
 from contextlib import suppress
@@ -16,10 +26,10 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
+from tasks.approval import AWAITING
+from tasks.registry import ModelRegistry
 from tasks.settings import Settings
 
-MLFLOW = "http://127.0.0.1:5000"
-MODEL = "smollm2-tool-caller"
 IMAGES = Path(__file__).parent / "images"
 PATIENCE_S = 12
 CLOSE_BUTTONS = "button[aria-label='Close'], button[data-component-id*='close']"
@@ -37,21 +47,51 @@ FLAGS = [
 
 
 def main() -> None:
-    """Take all of them."""
-    settings = Settings()
+    """Take all of them, or those that are named."""
+    arguments, settings = _arguments(), Settings()
+    with browser() as driver:
+        if "approval-form" in arguments.only:
+            take_approval_form(driver, ModelRegistry(settings), arguments.model)
+        for name, (address, width, height) in _pages(settings, arguments.model).items():
+            if name in arguments.only:
+                shoot(driver, name, address, width, height)
+
+
+def take_approval_form(driver: webdriver.Chrome, registry: ModelRegistry, model: str) -> None:
+    """Fill in the form of the version that waits, keep the picture, and submit it."""
+    version = next(found for found in registry.versions(model) if found.tags.get("qlora.verdict") == AWAITING)
+    prefect = os.environ["PREFECT_API_URL"].removesuffix("/api")
+    driver.set_window_size(1400, 1100)
+    page = f"{prefect}/runs/flow-run/{version.tags['qlora.approval_run']}"
+    button = answer_form(driver, page, "approve", "Ada", "answers that end by themselves")
+    driver.save_screenshot(str(IMAGES / "approval-form.png"))
+    submit(driver, button)
+
+
+def _pages(settings: Settings, model: str) -> dict[str, tuple[str, int, int]]:
+    """Address, width and height by name: the model's first retraining, its training, its versions, its report."""
     client = MlflowClient(settings.mlflow_uri)
-    experiment = client.get_experiment_by_name(MODEL).experiment_id
+    experiment = client.get_experiment_by_name(model).experiment_id
     parent, train = (
         client.search_runs([experiment], f"tags.`qlora.{tag}'", order_by=["start_time ASC"])[0].info.run_id
         for tag in ("kind` = 'retrain", "stage` = 'train")
     )
-    pages = f"{MLFLOW}/#/experiments/{experiment}/runs"
+    pages = f"{settings.mlflow_uri}/#/experiments/{experiment}/runs"
     report = min(settings.store.glob("evaluate/*/report.html"), key=lambda file: file.stat().st_mtime)
-    with browser() as driver:
-        shoot(driver, "mlflow-run", f"{pages}/{parent}", 1400, 900)
-        shoot(driver, "mlflow-train", f"{pages}/{train}/model-metrics", 1400, 1050)
-        shoot(driver, "mlflow-registry", f"{MLFLOW}/#/models/{MODEL}", 1400, 1000)
-        shoot(driver, "report", report.resolve().as_uri(), 1200, 1500)
+    return {
+        "mlflow-run": (f"{pages}/{parent}", 1400, 900),
+        "mlflow-train": (f"{pages}/{train}/model-metrics", 1400, 1050),
+        "mlflow-registry": (f"{settings.mlflow_uri}/#/models/{model}", 1400, 1000),
+        "report": (report.resolve().as_uri(), 1200, 1500),
+    }
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="the pictures of the README")
+    parser.add_argument("--model", default="smollm2-tool-caller")
+    names = ["approval-form", "mlflow-run", "mlflow-train", "mlflow-registry", "report"]
+    parser.add_argument("--only", nargs="+", choices=names, default=names)
+    return parser.parse_args()
 
 
 def browser() -> webdriver.Chrome:
@@ -67,9 +107,7 @@ def shoot(driver: webdriver.Chrome, name: str, address: str, width: int, height:
     driver.set_window_size(width, height)
     driver.get(address)
     time.sleep(PATIENCE_S)
-    for button in driver.find_elements(
-        By.CSS_SELECTOR, "button[aria-label='Close'], button[data-component-id*='close']"
-    ):
+    for button in driver.find_elements(By.CSS_SELECTOR, CLOSE_BUTTONS):
         click(button)
     time.sleep(PATIENCE_S / 4)
     driver.save_screenshot(str(IMAGES / f"{name}.png"))

@@ -7,20 +7,17 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from flows.show import format_number
+from flows.show import console, format_number
 from qlora_core.errors import RegistryError
 from tasks import moves
 from tasks.comparing import Lineage, compare, trace
 from tasks.moves import PROMOTED, ROLLED_BACK, Author
 from tasks.registry import CHAMPION, ModelRegistry, Version
 from tasks.settings import Settings
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def approve(reference: str, reject: bool, reason: str, as_json: bool, settings: Settings) -> None:

@@ -76,8 +76,9 @@ def test_versions_are_compared_promoted_rolled_back_and_deleted_from_a_terminal(
     forced = json.loads(typed("promote", f"{NAME}@2", "--force", "--reason", "we need it", "--json"))
     assert forced["aliases"] == {"champion": 2, "previous": 1}
     assert forced["version"]["tags"]["qlora.promoted_why"] == "we need it"
-    assert "version 1 is champion again" in typed("rollback", NAME, "--reason", "we do not")
-    assert "we do not" in typed("lineage", f"{NAME}@2")
+    why = "we do not, since those who use it say that its answers are shorter than they were"
+    assert "version 1 is champion again" in typed("rollback", NAME, "--reason", why)
+    assert why in typed("lineage", f"{NAME}@2")
 
     assert "is previous; promote another version" in refused("delete", f"{NAME}@2")
     assert "does not wait for approval" in refused("approve", f"{NAME}@1")
