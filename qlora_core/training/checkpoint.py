@@ -13,10 +13,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from qlora_core.errors import TrainingError
 from qlora_core.events import Note, Report
 from qlora_core.store import discard, sha256_of_file, write_atomically
+from qlora_core.training.history import is_complete
 from qlora_core.training.optimizer import Parameters
 
 TENSORS, STATE, BEST = "state.safetensors", "state.json", "best.safetensors"
@@ -34,13 +37,13 @@ class Saved(NamedTuple):
 
 def save(folder: Path, step: int, tensors: Tensors, keep: int) -> None:
     """Write the state after `step` under a temporary name, rename it, and prune to the newest `keep`."""
-    temporary = folder / f".step-{step:08d}"
+    temporary = folder / f".{_name(step)}"
     discard(temporary)
     temporary.mkdir(parents=True)
     save_file(tensors, temporary / TENSORS)
     facts = {"step": step, "sha256": sha256_of_file(temporary / TENSORS)}
     write_atomically(temporary / STATE, json.dumps(facts))
-    final = folder / f"step-{step:08d}"
+    final = folder / _name(step)
     discard(final)
     temporary.rename(final)
     for old in _newest_first(folder)[keep:]:
@@ -50,11 +53,11 @@ def save(folder: Path, step: int, tensors: Tensors, keep: int) -> None:
 def newest(folder: Path, report: Report) -> Saved:
     """The newest whole checkpoint; step 0 and no tensors if there is none.
 
-    One that is damaged is skipped for the one before it, and said.
+    One that is damaged, or whose metrics of every step are not there, is skipped for the one before it, and said.
     """
     for place in _newest_first(folder):
         step = _whole_step(place)
-        if step is None:
+        if step is None or not is_complete(folder.parent, step):
             report(Note(message=f"{place.name} is damaged and was skipped"))
             continue
         report(Note(message=f"resumed after step {step}"))
@@ -71,8 +74,18 @@ def save_best(folder: Path, tensors: Tensors) -> None:
 
 
 def load_best(folder: Path) -> Tensors:
-    """The weights that `save_best` kept."""
-    return load_file(folder / BEST)
+    """The weights that `save_best` kept.
+
+    Raises:
+        TrainingError: they were damaged since.
+    """
+    try:
+        return load_file(folder / BEST)
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{folder / BEST}, the adapter of the lowest evaluation loss, cannot be read ({error}); remove "
+            f"{folder.parent} and run again to train anew"
+        ) from error
 
 
 def weights_in(tensors: Tensors) -> Tensors:
@@ -86,6 +99,10 @@ def fill_weights(tensors: Tensors, parameters: Parameters) -> None:
         parameter.data.copy_(tensors[f"{WEIGHT}{name}"])
 
 
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
+
+
 def _newest_first(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-*"), reverse=True)
 
@@ -93,6 +110,7 @@ def _newest_first(folder: Path) -> list[Path]:
 def _whole_step(place: Path) -> int | None:
     try:
         facts = json.loads((place / STATE).read_text())
-        return int(facts["step"]) if sha256_of_file(place / TENSORS) == facts["sha256"] else None
-    except (OSError, ValueError, KeyError):
+        is_whole = place.name == _name(facts["step"]) and sha256_of_file(place / TENSORS) == facts["sha256"]
+        return int(facts["step"]) if is_whole else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
