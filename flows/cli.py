@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 data = typer.Typer(help="The data of a recipe.", no_args_is_help=True)
 app.add_typer(data, name="data")
+store = typer.Typer(help="The artifact store of this home.", no_args_is_help=True)
+app.add_typer(store, name="store")
 
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as deployments/recipes/quickstart.yaml.")]
 Overrides = Annotated[
@@ -292,6 +294,36 @@ def publish(recipe: RecipePath) -> None:
     publish_data(recipe, settings)
 
 
+@store.command("ls")
+def store_ls(as_json: AsJson = False) -> None:
+    """List what is stored: sizes, last use, and who needs it."""
+    settings = _start()
+    from flows.store import show_store
+
+    show_store(as_json, settings)
+
+
+@store.command("verify")
+def store_verify() -> None:
+    """Hash every file again and name what is missing, altered or does not belong there."""
+    settings = _start()
+    from flows.store import verify_store
+
+    verify_store(settings)
+
+
+@store.command("gc")
+def store_gc(
+    unused_days: Annotated[float, typer.Option(min=0, help="How long ago the last use must be.")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+) -> None:
+    """Remove what was not used for long and what no alias, live run or recent run needs."""
+    settings = _start()
+    from flows.store import collect_garbage
+
+    collect_garbage(unused_days, dry_run, settings)
+
+
 def main() -> NoReturn:
     """Entry point: an expected error is one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
@@ -306,7 +338,7 @@ def _explain(error: Exception) -> NoReturn:
     from qlora_core.errors import QloraError, RegistryUnavailableError, SourceUnavailableError
 
     if not isinstance(error, QloraError):
-        error = _failure_of_a_server(error)
+        error = _explained(error)
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
     if isinstance(error, RegistryUnavailableError | SourceUnavailableError):
@@ -316,12 +348,12 @@ def _explain(error: Exception) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _failure_of_a_server(error: Exception) -> "QloraError":
-    """What MLflow's or Prefect's failure means; any other error is a fault of this program and keeps its traceback."""
-    from tasks.failures import explain, explain_prefect
+def _explained(error: Exception) -> "QloraError":
+    """What a failure of MLflow, Prefect or the machine means; any other is this program's and keeps its traceback."""
+    from tasks.failures import explain, explain_machine, explain_prefect
     from tasks.settings import Settings
 
-    explained = explain(error, Settings().mlflow_uri) or explain_prefect(error)
+    explained = explain(error, Settings().mlflow_uri) or explain_prefect(error) or explain_machine(error)
     if explained is None:
         raise error
     return explained

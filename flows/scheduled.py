@@ -12,6 +12,7 @@ from flows.retrain import retrain
 from qlora_core.cleanup import Freed, clean_up
 from qlora_core.recipe import load_recipe
 from qlora_core.store import Store
+from tasks.keeping import roots
 from tasks.orphans import end_orphans
 from tasks.promote_task import Outcome
 from tasks.publishing import DRIFTED, emit, publish_if_changed
@@ -78,11 +79,12 @@ def recheck(recipe: Path, tolerance: NotNegative = 0.1) -> Recheck | None:
 
 @flow(name="clean-store", persist_result=False)
 def clean_store(unused_days: NotNegative = 30) -> Freed:
-    """Remove from the store of this worker what nobody has used for long; it would be made again if needed.
+    """Remove from the store of this worker what nobody has used for long and no alias or live run needs.
 
     Args:
         unused_days: how long ago the last use must be.
     """
-    freed = clean_up(Store(Settings().store), unused_days)
+    settings = Settings()
+    freed = clean_up(Store(settings.store), unused_days, roots(settings))
     get_run_logger().info(freed.sentence)
     return freed

@@ -1,20 +1,18 @@
 """Free what the artifact store has not been asked for in a long time.
 
 Every artifact can be made again, so that removing one costs time and nothing else. `Store.find` leaves the time of the
-last use on a manifest: what a nightly run looks at stays.
+last use on a manifest: what a nightly run looks at stays, and so does everything that it was made from.
 """
 
-import time
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Mapping
 
 from filelock import FileLock, Timeout
 
 from qlora_core.artifacts import Record
+from qlora_core.inventory import Item, inventory, needed
 from qlora_core.store import MANIFEST, Store, discard
 
-DAY_S = 86400
-NOT_STAGES = ("work", "locks")
+RECENT = "a recent use"
 
 
 class Freed(Record):
@@ -29,37 +27,33 @@ class Freed(Record):
         return f"{self.folders} folders removed, {self.bytes / 1e9:,.2f} GB"
 
 
-def clean_up(store: Store, unused_days: float) -> Freed:
+def clean_up(store: Store, unused_days: float, roots: Mapping[str, str] | None = None) -> Freed:
     """Remove artifacts, and work that was given up, which nobody has used for so many days; what is locked stays.
 
     Args:
         store: where.
         unused_days: how long since the last use; 0 removes all that is not in use now.
+        roots: digests and fingerprints of what must stay whatever its age, with all that it was made from.
     """
-    limit_s = time.time() - unused_days * DAY_S
-    freed = [_remove(store, lock, folder) for lock, folder, used_s in _folders(store) if used_s < limit_s]
+    items = unneeded(inventory(store), unused_days, roots or {})
+    freed = [_remove(store, item) for item in items]
     return Freed(folders=sum(size is not None for size in freed), bytes=sum(size or 0 for size in freed))
 
 
-def _folders(store: Store) -> Iterator[tuple[str, Path, float]]:
-    """Name of the lock, folder, and when it was last used (seconds since 1970)."""
-    for manifest in store.root.glob(f"*/*/{MANIFEST}"):
-        stage, key = manifest.parent.parent.name, manifest.parent.name
-        if stage not in NOT_STAGES:
-            yield f"{stage}-{key}", manifest.parent, manifest.stat().st_mtime
-    for work in store.root.glob("work/*"):
-        newest = max((path.stat().st_mtime for path in work.rglob("*")), default=work.stat().st_mtime)
-        yield work.name, work, newest
+def unneeded(items: list[Item], unused_days: float, roots: Mapping[str, str]) -> list[Item]:
+    """What a clean-up would remove, unless somebody works on it."""
+    recent = {item.fingerprint: RECENT for item in items if item.digest and item.unused_days() < unused_days}
+    kept = needed(items, {**recent, **roots})
+    return [item for item in items if item.path not in kept and item.unused_days() >= unused_days]
 
 
-def _remove(store: Store, lock: str, folder: Path) -> int | None:
+def _remove(store: Store, item: Item) -> int | None:
     """The bytes that were freed; None if somebody works on it."""
     (store.root / "locks").mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(store.root / "locks" / f"{lock}.lock", timeout=0):
-            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-            (folder / MANIFEST).unlink(missing_ok=True)  # first: without it a folder is no artifact
-            discard(folder)
-            return size
+        with FileLock(store.root / "locks" / f"{item.lock}.lock", timeout=0):
+            (item.path / MANIFEST).unlink(missing_ok=True)  # first: without it a folder is no artifact
+            discard(item.path)
+            return item.bytes
     except Timeout:
         return None

@@ -8,9 +8,11 @@ import pytest
 from filelock import FileLock
 
 from qlora_core.artifacts import Artifact
-from qlora_core.cleanup import DAY_S, clean_up
+from qlora_core.cleanup import clean_up
+from qlora_core.inventory import damage, inventory
 from qlora_core.store import MANIFEST, Store
 
+DAY_S = 86400
 OLD, NEW = "a" * 64, "b" * 64
 
 
@@ -69,3 +71,59 @@ def test_work_that_was_given_up_goes(store: Store):
     age(work, 31)
     assert clean_up(store, 30).folders == 1
     assert not work.exists()
+
+
+class Derived(Artifact):
+    base_digest: str
+
+
+def derive(store: Store, base: Artifact, key: str, days_ago: float) -> Artifact:
+    def produce(work: Path) -> Derived:
+        (work / "file").write_text(base.digest)
+        return Derived(path=work, base_digest=base.digest)
+
+    made = store.obtain(Derived, "evaluate", key, produce)
+    age(made.path / MANIFEST, days_ago)
+    return made
+
+
+def at(store: Store, key: str) -> Artifact:
+    (found,) = [a for a in store.newest(Artifact, "merge") if a.fingerprint == key]
+    return found
+
+
+def test_what_an_alias_or_a_live_run_needs_stays_with_all_that_it_was_made_from(store: Store):
+    base = make(store, OLD, days_ago=99)
+    made = derive(store, at(store, OLD), NEW, days_ago=99)
+    other = derive(store, made, "c" * 64, days_ago=99).path
+    assert clean_up(store, 30, {made.digest: "m@champion"}).folders == 1
+    assert (base.exists(), made.path.exists(), other.exists()) == (True, True, False)
+    assert clean_up(store, 0, {NEW: "a run that is under way"}).folders == 0
+    assert clean_up(store, 0).folders == 2
+
+
+def test_what_a_recent_artifact_was_made_from_stays_however_old_it_is(store: Store):
+    base = make(store, OLD, days_ago=99)
+    derive(store, at(store, OLD), NEW, days_ago=1)
+    assert clean_up(store, 30).folders == 0
+    assert base.exists()
+
+
+def test_a_use_that_lies_in_the_future_counts_as_one_just_now(store: Store):
+    old = make(store, OLD, days_ago=-400)
+    assert clean_up(store, 1).folders == 0
+    assert old.exists()
+    assert clean_up(store, 0).folders == 1
+
+
+def test_damage_is_named_file_by_file(store: Store):
+    folder = make(store, OLD, days_ago=1)
+    (item,) = inventory(store)
+    assert list(damage(item)) == []
+    (folder / "file").write_bytes(b"y" * 1000)
+    (folder / "more").write_text("?")
+    assert list(damage(item)) == [f"{folder / 'file'} was altered", f"{folder / 'more'} does not belong to it"]
+    (folder / MANIFEST).write_text("{")
+    (item,) = inventory(store)
+    assert not item.digest
+    assert clean_up(store, 0).folders == 1
