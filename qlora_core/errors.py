@@ -17,6 +17,14 @@
 A command that ends with one of them exits with its `exit_code`: 2 when the user's input must change, 1 otherwise.
 """
 
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ENOMEM, errno.EMFILE})
+"""Error numbers that say something about this machine, not about what was read."""
+LONGEST_TEXT_CHARACTERS = 300
+
 
 class QloraError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -97,3 +105,25 @@ ERRORS_BY_NAME: dict[str, type[QloraError]] = {
     )
 }
 """How an error that a child process reports by name is raised again in its parent."""
+
+
+@contextmanager
+def refusing(kind: type[QloraError], what: str) -> Iterator[None]:
+    """Refuse in words what comes from outside and cannot be read, whichever way a library fails over it.
+
+    What says nothing about the thing itself passes: our own errors, those of the machine, those of a connection.
+
+    Args:
+        kind: of the refusal.
+        what: begins its message, such as `the config.json of x`.
+    """
+    try:
+        yield
+    except (QloraError, MemoryError, ConnectionError, TimeoutError):
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in MACHINE:
+            raise
+        said = " ".join(str(error).split())
+        said = said if len(said) <= LONGEST_TEXT_CHARACTERS else said[:LONGEST_TEXT_CHARACTERS] + " …"
+        raise kind(f"{what} cannot be read: {type(error).__name__}: {said}") from error

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import quote
 
 import mlflow
 from mlflow import MlflowClient
@@ -235,7 +236,7 @@ class ModelRegistry:
 
     def fetch(self, version: Version, into: Path) -> Path:
         """The model folder of a version, as plain transformers files, copied below `into` unless it is there."""
-        folder = into / f"{version.name}-{version.number}-{version.run_id[:8]}"
+        folder = into / f"{quote(version.name, safe='')}-{version.number}-{quote(version.run_id[:8], safe='')}"
         if not folder.is_dir():
             into.mkdir(parents=True, exist_ok=True)
             mlflow.set_tracking_uri(self.settings.mlflow_uri)

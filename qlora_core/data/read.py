@@ -23,6 +23,8 @@ FIRST_ROWS = 1000
 PARQUET_ROWS = 1024
 BUFFER_BYTES = 2**20
 COMPRESSIONS = (".gz", ".zst")
+LONGEST_ROW_BYTES = 64 * 2**20
+"""A line that unpacks to more is taken for a decompression bomb."""
 TEXT_SUFFIXES = (".txt", ".md")
 UTF8_BOM = b"\xef\xbb\xbf"
 UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
@@ -136,7 +138,9 @@ def _json_list(path: Path) -> Rows:
 
 def _json_lines(path: Path) -> Rows:
     with _open(path) as file:
-        for number, line in enumerate(file, 1):
+        for number, line in enumerate(iter(lambda: file.readline(LONGEST_ROW_BYTES), b""), 1):
+            if len(line) == LONGEST_ROW_BYTES:
+                raise DataError(f"{path}, line {number} has {LONGEST_ROW_BYTES:,} bytes or more, which is no row")
             if line.strip():
                 yield number, _parse(line)
 

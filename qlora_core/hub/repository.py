@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Protocol
@@ -44,6 +45,9 @@ class RemoteFile(Record):
     """Of small files that a hub keeps in git itself: SHA-1 of git's blob header and the content."""
 
 
+SAFE_COMMIT = re.compile(r"\w[\w.-]{0,127}")
+LONGEST_NAME_CHARACTERS = 1000
+MOST_FILES = 10_000
 TREE = TypeAdapter(list[RemoteFile])
 
 
@@ -144,6 +148,8 @@ def _commit_of(source: HubSource, role: Role, downloads: Path) -> str:
             )
         return known[branch]
     commit = _hub(source.source).commit_of(source, role)
+    if not SAFE_COMMIT.fullmatch(commit):  # it becomes part of paths
+        raise SourceError(f"{source.source} answered {commit[:80]!r} for the commit of {source.repo}, which is none")
     memory.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(memory, json.dumps({**known, branch: commit}, indent=1))
     return commit
@@ -167,6 +173,10 @@ def _tree(source: HubSource, role: Role, commit: str, downloads: Path) -> dict[s
 def _fetch(
     source: HubSource, role: Role, commit: str, files: Sequence[RemoteFile], downloads: Path, report: Report
 ) -> Files:
+    if len(files) > MOST_FILES:
+        raise SourceError(
+            f"{source.repo} on {source.source} lists {len(files):,} files; at most {MOST_FILES:,} are taken"
+        )
     hub = _hub(source.source)
     here = {file.name: hub.place_of(source, role, commit, file.name, downloads) for file in files}
     missing = [file for file in files if here[file.name] is None]
@@ -215,8 +225,9 @@ def _git_sha1(path: Path) -> str:
 
 def _check_name(name: str, source: HubSource) -> None:
     path = PurePosixPath(name)
-    if path.is_absolute() or ".." in path.parts or "\\" in name:
-        raise SourceError(f"{source.repo} on {source.source} lists a file named {name!r}, which is no safe path")
+    is_long = len(name) > LONGEST_NAME_CHARACTERS
+    if path.is_absolute() or ".." in path.parts or "\\" in name or not path.name or is_long or not name.isprintable():
+        raise SourceError(f"{source.repo} on {source.source} lists a file named {name[:80]!r}, which is no safe path")
 
 
 def _require_online(source: HubSource, what: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Protocol
 
 from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot, TwinProof
-from qlora_core.errors import SourceError
+from qlora_core.errors import SourceError, refusing
 from qlora_core.events import Note, Report
 from qlora_core.hub.disk import place, require_space
 from qlora_core.hub.resolved import Files, Resolved, Role
@@ -61,7 +61,8 @@ def resolve(source: Source, role: Role, downloads: Path) -> Resolved:
         SourceError: there is no such thing.
         SourceUnavailableError: it could not be asked now.
     """
-    return _kind_of(source).resolve(source, role, downloads)
+    with refusing(SourceError, f"what the source {source.source} holds"):
+        return _kind_of(source).resolve(source, role, downloads)
 
 
 def fetch_model(resolved: Resolved, downloads: Path, into: Path, report: Report) -> ModelSnapshot:
@@ -81,7 +82,8 @@ def fetch_model(resolved: Resolved, downloads: Path, into: Path, report: Report)
     scratch = into / "scratch"
     scratch.mkdir()
     source = resolved.source
-    files = _kind_of(source).model_files(source, resolved, downloads, scratch, report)
+    with refusing(SourceError, f"what {resolved.description} holds"):
+        files = _kind_of(source).model_files(source, resolved, downloads, scratch, report)
     gguf = next((file for name, file in files.items() if name.endswith(".gguf")), None)
     if gguf is None:
         _place_all(files, into, source)
@@ -161,7 +163,8 @@ def _fetch_all(
         scratch = into / "scratch" / role / str(number)
         scratch.mkdir(parents=True)
         report(Note(message=f"fetching {resolved.name} from {resolved.description}"))
-        files = _kind_of(resolved.source).data_files(resolved.source, resolved, downloads, scratch, report)
+        with refusing(SourceError, f"what {resolved.description} holds"):
+            files = _kind_of(resolved.source).data_files(resolved.source, resolved, downloads, scratch, report)
         for name, file in files.items():
             target = _unused(into / role / name)
             place(file, target, share=not isinstance(resolved.source, LocalSource))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_core.artifacts import ModelSnapshot, Record
+from qlora_core.errors import SourceError, refusing
 from qlora_core.events import Report
 
 
@@ -37,20 +38,21 @@ def build(spec: dict[str, Any], report: Report) -> ModelSnapshot:
     from qlora_core.modeling.tokenizer import load_tokenizer
 
     asked = SnapshotSpec.model_validate(spec)
-    if asked.gguf is not None:
-        from qlora_core.hub.gguf_model import convert
+    with refusing(SourceError, f"the model of {asked.source}"):
+        if asked.gguf is not None:
+            from qlora_core.hub.gguf_model import convert
 
-        convert(asked.gguf, asked.into, report)
-    refuse_code_elsewhere(asked.into)
-    adopt_auto_gptq(asked.into)
-    load_tokenizer(asked.into)
-    config = json.loads((asked.into / "config.json").read_text())
-    return ModelSnapshot(
-        path=asked.into,
-        source=asked.source,
-        revision=asked.revision,
-        architecture=read_architecture(asked.into),
-        quantization=quantization_of(config),
-        code=code_files(asked.into),
-        dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
-    )
+            convert(asked.gguf, asked.into, report)
+        refuse_code_elsewhere(asked.into)
+        adopt_auto_gptq(asked.into)
+        load_tokenizer(asked.into)
+        config = json.loads((asked.into / "config.json").read_text())
+        return ModelSnapshot(
+            path=asked.into,
+            source=asked.source,
+            revision=asked.revision,
+            architecture=read_architecture(asked.into),
+            quantization=quantization_of(config),
+            code=code_files(asked.into),
+            dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+        )

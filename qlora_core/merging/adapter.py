@@ -11,7 +11,7 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import load_file
 
-from qlora_core.errors import MergeError
+from qlora_core.errors import MergeError, refusing
 from qlora_core.merging.changes import Change, Dora, LowRank, Replace
 from qlora_core.merging.tensors import FLOATS, StoredTensor
 
@@ -63,7 +63,11 @@ def read_changes(adapter: Path, base: Mapping[str, StoredTensor], tied: bool) ->
         MergeError: the adapter does not fit the base, would change nothing, is not finite, or uses a feature of PEFT
             that cannot be merged here.
     """
-    loaded = _Loaded(_read_config(adapter), _read_tensors(adapter))
+    with refusing(MergeError, f"the adapter at {adapter}"):
+        return _read_changes(_Loaded(_read_config(adapter), _read_tensors(adapter)), base, tied)
+
+
+def _read_changes(loaded: _Loaded, base: Mapping[str, StoredTensor], tied: bool) -> dict[str, Change]:
     if tied:
         _fold_tied_head(loaded.tensors)
     changes: dict[str, Change] = {}

@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import accumulate
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -17,6 +18,9 @@ from qlora_core.recipe.sources import HubSource, LocalSource, Source
 from qlora_core.recipe.train import TrainRecipe
 
 S = TypeVar("S", bound=Source)
+MAX_BYTES, MAX_VALUES, MAX_DEPTH = 200_000, 10_000, 100
+"""Of a recipe file, of the values in it, and of brackets in brackets; a YAML reader takes minutes for more."""
+LONGEST_TEXT_CHARACTERS = 400
 
 
 class Recipe(Part):
@@ -60,24 +64,54 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f"; in that folder: {', '.join(near)}" if near else ""
         raise RecipeError(f"no recipe at {path}{hint}")
+    if path.stat().st_size > MAX_BYTES:
+        raise RecipeError(f"{path} has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}")
     try:
-        tree = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from None
+        tree = _parse(path.read_text(encoding="utf-8"))
+    except (YAMLError, ValueError) as error:  # values that are no dates or numbers after all, text in no encoding
+        raise RecipeError(f"{path} is not readable as YAML: {_one_line(error)}") from None
+    except RecursionError:
+        raise RecipeError(f"{path} nests its values too deep, or without end") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path} holds {type(tree).__name__}; a recipe is a mapping that starts with `name:`")
     return tree
 
 
-def _apply_override(tree: dict[str, Any], override: str) -> None:
+def _parse(text: str) -> Any:
+    """The value of a YAML text that is small once its aliases are followed."""
     from ruamel.yaml import YAML
+
+    depths = accumulate((char in "[{") - (char in "]}") for char in text)
+    if max(depths, default=0) > MAX_DEPTH:
+        raise ValueError(f"it nests brackets more than {MAX_DEPTH} deep")
+    value = YAML(typ="safe", pure=True).load(text)
+    _count(value, MAX_VALUES)
+    return value
+
+
+def _count(value: Any, left: int) -> int:
+    """Refuse what a few lines of YAML can grow to when its aliases are followed; returns how many values are left."""
+    if left <= 0:
+        raise ValueError(f"it holds more than {MAX_VALUES:,} values once its aliases are followed")
+    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    left -= 1
+    for child in children:
+        left = _count(child, left)
+    return left
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= LONGEST_TEXT_CHARACTERS else text[:LONGEST_TEXT_CHARACTERS] + " …"
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
     from ruamel.yaml.error import YAMLError
 
     dotted, equals, text = override.partition("=")
@@ -85,9 +119,11 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise RecipeError(f"--set {override}: write a dotted key and a value, such as `--set train.lora.rank=8`")
     try:
-        value = YAML(typ="safe", pure=True).load(text)
-    except YAMLError as error:
-        raise RecipeError(f"--set {override}: the value is not YAML: {' '.join(str(error).split())}") from None
+        value = _parse(text)
+    except (YAMLError, ValueError) as error:
+        raise RecipeError(f"--set {override}: the value is not YAML: {_one_line(error)}") from None
+    except RecursionError:
+        raise RecipeError(f"--set {override}: the value is nested too deep, or without end") from None
     node: Any = tree
     for key in keys[:-1]:
         node = _child(node, key, override)
@@ -159,8 +195,10 @@ def _deepspeed(settings: dict[str, Any] | Path | None, folder: Path) -> dict[str
     if not isinstance(settings, Path):
         return settings
     try:
+        if not (folder / settings).is_file():
+            raise FileNotFoundError("it is no file")
         read = json.loads((folder / settings).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"train.deepspeed: {folder / settings} is not readable as JSON: {error}") from None
     if not isinstance(read, dict):
         raise RecipeError(f"train.deepspeed: {folder / settings} holds {type(read).__name__}; it must be an object")
