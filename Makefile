@@ -7,7 +7,9 @@ GPTQ   := .venv-gptq
 GPTQ_STAMP := $(GPTQ)/.installed
 TRITON := .triton
 
-.PHONY: quickstart test test-gptq test-kernels team-test check ui clean help
+FAULTS ?= .faults
+
+.PHONY: quickstart test test-gptq test-kernels team-test faults soak check ui clean help
 
 help:            ## what can be typed
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 14
@@ -29,6 +31,13 @@ test-kernels: $(TRITON)/.installed  ## the GPU kernels, run by Triton's interpre
 
 team-test: $(STAMP)  ## a team's servers, a worker, schedules and events, on this machine; stopped at the end
 	$(BIN)/python -m pytest tests/integration/test_team.py
+
+faults: $(STAMP)  ## every stage hit by every fault, then the same command again; a table at the end
+	rm -rf $(FAULTS)
+	QLORA_FAULTS_RESULTS=$(abspath $(FAULTS)) $(BIN)/python -m pytest tests/integration/faults --numprocesses 2 --dist load -q
+
+soak: $(STAMP)   ## N retrainings killed at random times, after M at once: make soak N=200 M=50
+	$(BIN)/python -m tests.integration.faults.soak --count $(or $(N),200) --at-once $(or $(M),0)
 
 check: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .

@@ -21,6 +21,7 @@ def run_recipe(path: Path, overrides: tuple[str, ...], force: bool, settings: Se
     recipe = load_recipe(path, overrides)
     preflight(recipe, settings)
     if not force and (version := settled(recipe, settings)):
+        _end_orphans_of_team(settings)
         console.print(
             f"Nothing has changed: version {version.number} of {recipe.name} was made from this recipe and this data, "
             f"and was {version.tags['qlora.verdict']} ({version.tags.get('qlora.reason', '')})."
@@ -28,6 +29,15 @@ def run_recipe(path: Path, overrides: tuple[str, ...], force: bool, settings: Se
         console.print("Retrain all the same with [bold]--force[/], or look at it with [bold]qlora models[/].")
         return
     _retrain(recipe, force, settings)
+
+
+def _end_orphans_of_team(settings: Settings) -> None:
+    """Where there is no server yet, starting one would take longer than everything else."""
+    if not settings.embedded_prefect:
+        from tasks.orphans import end_orphans
+        from tasks.tracking import Tracker
+
+        end_orphans(Tracker(settings))
 
 
 def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:

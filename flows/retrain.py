@@ -1,15 +1,16 @@
 """The retraining flow: download, prepare, train, merge, evaluate, register, promote."""
 
 from prefect import flow
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
+from tasks.cancelling import ends_when_cancelled
 from tasks.download_task import download
 from tasks.evaluate_task import evaluate
 from tasks.match_task import match
 from tasks.merge_task import merge
-from tasks.orphans import end_orphans
+from tasks.orphans import end_orphans, sign
 from tasks.prepare_task import prepare
 from tasks.promote_task import Outcome, promote
 from tasks.register_task import register
@@ -31,7 +32,9 @@ def retrain(recipe: Recipe, force: bool = False) -> Outcome | None:
     Returns:
         How it ended, or None when nothing has changed since this candidate was judged.
     """
-    settings = Settings()
+    settings, alone = Settings(), not deployment.id
+    if alone:
+        sign(str(flow_run.id))
     if not force and settled(recipe, settings):
         return None
     tracker = Tracker(settings)
@@ -48,7 +51,8 @@ def candidate(recipe: Recipe, tracker: Tracker, under: str | None = None) -> Out
         under: the MLflow run of the sweep that has chosen this recipe.
     """
     run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url, under=under)
-    with tracker.final_status(run.parent_run_id):
+    watched = ends_when_cancelled(str(flow_run.id), has_worker=bool(deployment.id))
+    with watched, tracker.final_status(run.parent_run_id):
         ModelRegistry(tracker.settings).announce(recipe.name, run.parent_run_id)
         base, dataset, adapter = trained(run)
         merged = merge(run, base, adapter, dataset).result()

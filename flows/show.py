@@ -16,7 +16,7 @@ from rich.text import Text
 from qlora_core.artifacts import ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
 from tasks.registry import Version
-from tasks.settings import Settings
+from tasks.settings import Settings, without_secrets
 
 if TYPE_CHECKING:  # it knows all stages and what they need, torch too
     from flows.sweep import Swept
@@ -57,7 +57,7 @@ def show_outcome(outcome: "Outcome", settings: Settings) -> None:
         return
     model = f"{outcome.name}@champion"
     console.print(f"talk      [bold]{this_program()} chat {model} --example[/]")
-    console.print(f"serve     models:/{model}   in MLflow at {settings.mlflow_uri}")
+    console.print(f"serve     models:/{model}   in MLflow at {without_secrets(settings.mlflow_uri)}")
 
 
 def show_sweep(swept: "Swept", settings: Settings) -> None:

@@ -20,12 +20,13 @@ from qlora_core.events import Report
 from qlora_core.gates import decide
 from qlora_core.recipe import Recipe
 from tasks.keys import report_key, scores_key
+from tasks.progress import if_prefect_listens
 from tasks.registry import CHAMPION, PREVIOUS, ModelRegistry, Version
-from tasks.stage import Stage
+from tasks.stage import RETRYING, Stage
 from tasks.tracking import Described, Retraining
 
 
-@task(name="evaluate", task_run_name="evaluate {retraining.recipe.name}", timeout_seconds=6 * 3600)
+@task(name="evaluate", task_run_name="evaluate {retraining.recipe.name}", timeout_seconds=6 * 3600, **RETRYING)
 def evaluate(
     retraining: Retraining, base: ModelSnapshot, dataset: PreparedDataset, adapter: Adapter, merged: MergedModel
 ) -> State[EvaluationReport]:
@@ -158,7 +159,8 @@ def _publish(stage: Stage, report: EvaluationReport, recipe: Recipe) -> None:
     decision = decision_of(recipe, report)
     verdict = "passes its gates" if decision.promote else "does not pass its gates"
     text = f"# {recipe.name} {verdict}\n\n{decision.reason}\n\n{before_after(report)}\n\nMLflow run `{parent}`"
-    create_markdown_artifact(text, key="qlora-evaluation", description="scores before and after")
+    with if_prefect_listens():
+        create_markdown_artifact(text, key="qlora-evaluation", description="scores before and after")
 
 
 def _line(report: EvaluationReport) -> str:

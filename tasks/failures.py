@@ -1,12 +1,14 @@
 """What failures of MLflow and Prefect mean to whoever reads the last line of a terminal."""
 
+import errno
 import os
+import re
 
 import httpx
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from qlora_core.errors import QloraError, RegistryError, RegistryUnavailableError
+from qlora_core.errors import QloraError, RegistryError, RegistryUnavailableError, StoreError
 from tasks.settings import without_secrets
 
 PASSING = {"TEMPORARILY_UNAVAILABLE", "INTERNAL_ERROR", "REQUEST_LIMIT_EXCEEDED", "DEADLINE_EXCEEDED"}
@@ -17,6 +19,15 @@ WHO = {
     "PERMISSION_DENIED": "does not let this user do that; who manages the model or experiment can give the right EDIT",
 }
 LONGEST_TEXT_CHARACTERS = 300
+MACHINE = {
+    errno.ENOSPC: ("the disk is full", "Free some space, or move everything with QLORA_HOME"),
+    errno.EDQUOT: ("the disk quota is used up", "Free some space, or move everything with QLORA_HOME"),
+    errno.EROFS: ("the disk may only be read", "Mount it for writing, or move everything with QLORA_HOME"),
+    errno.EIO: ("the disk fails", "Look at the kernel's log"),
+    errno.ENOMEM: ("there is no memory left", "Free some"),
+    errno.EMFILE: ("too many files are open", "Raise the limit (ulimit -n)"),
+}
+"""Error number to what it means and what to do."""
 
 
 def explain(error: BaseException, mlflow_uri: str) -> RegistryError | None:
@@ -30,13 +41,25 @@ def explain(error: BaseException, mlflow_uri: str) -> RegistryError | None:
     code, where = getattr(error, "error_code", ""), without_secrets(mlflow_uri)
     if code in WHO:
         return RegistryError(f"MLflow at {where} {WHO[code]}. Nothing was changed by this request")
-    what = " ".join(str(error).split())[:LONGEST_TEXT_CHARACTERS]
+    what = scrubbed(" ".join(str(error).split()))[:LONGEST_TEXT_CHARACTERS]
     if passing:
         return RegistryUnavailableError(
             f"MLflow at {where} failed: {what}. Nothing counts as promoted that its registry does not show; "
             "what was made is kept, and the same command goes on once MLflow answers"
         )
     return RegistryError(f"MLflow at {where} refused: {what}")
+
+
+def explain_machine(error: BaseException) -> StoreError | None:
+    """What it means that the machine has no more of something; None if the error is something else."""
+    if isinstance(error, MemoryError):
+        what, remedy = "there is no memory left", "Free some"
+    elif isinstance(error, OSError) and error.errno in MACHINE:
+        what, remedy = MACHINE[error.errno]
+        what += f" ({error.filename})" if error.filename else ""
+    else:
+        return None
+    return StoreError(f"{what}. {remedy}; what was stored so far is whole, and the same command goes on from there")
 
 
 def explain_prefect(error: BaseException) -> QloraError | None:
@@ -55,3 +78,8 @@ def explain_prefect(error: BaseException) -> QloraError | None:
     if isinstance(error, httpx.TransportError):
         return QloraError(f"Prefect at {where} does not answer ({type(error).__name__}); is the server up?")
     return None
+
+
+def scrubbed(text: str) -> str:
+    """A text of somebody else's without names and passwords in the addresses that it quotes."""
+    return re.sub(r"(?<=://)[^/\s@'\"]+@", "", text)

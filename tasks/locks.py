@@ -6,6 +6,8 @@ alias holds this lock while looking and while writing.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from hashlib import sha256
+from urllib.parse import quote
 
 from filelock import FileLock, Timeout
 
@@ -14,6 +16,9 @@ from tasks.settings import Settings
 
 PATIENCE_S = 120
 """How long to wait for others; moving aliases takes well under a second."""
+LONGEST_FILE_NAME = 200
+LEASE_S = 60
+"""How long a holder that was killed keeps a Prefect slot: the shortest that there is, and less than others wait."""
 
 
 @contextmanager
@@ -42,10 +47,16 @@ def _file(settings: Settings, name: str) -> Iterator[None]:
     locks = settings.root / "locks"
     locks.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(locks / f"registry-{name}.lock", timeout=PATIENCE_S):
+        with FileLock(locks / f"registry-{_file_name(name)}.lock", timeout=PATIENCE_S):
             yield
     except Timeout as error:
         raise _busy(name) from error
+
+
+def _file_name(name: str) -> str:
+    """A name as one part of a path: equal for equal names, and short."""
+    quoted = quote(name, safe="")
+    return quoted if len(quoted) <= LONGEST_FILE_NAME else sha256(name.encode()).hexdigest()
 
 
 @contextmanager
@@ -72,7 +83,7 @@ def _concurrency_limit(name: str) -> Iterator[None]:
     with get_client(sync_client=True) as client:
         client.upsert_global_concurrency_limit_by_name(limit, 1)
     try:
-        slot = concurrency(limit, timeout_seconds=PATIENCE_S, strict=True)
+        slot = concurrency(limit, timeout_seconds=PATIENCE_S, lease_duration=LEASE_S, strict=True)
         with slot:
             yield
     except TimeoutError as error:

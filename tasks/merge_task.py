@@ -5,11 +5,11 @@ from prefect import State, task
 from qlora_core.artifacts import Adapter, MergedModel, ModelSnapshot, PreparedDataset
 from qlora_core.merging import merge as merging
 from tasks.keys import merge_key
-from tasks.stage import Stage
+from tasks.stage import RETRYING, Stage
 from tasks.tracking import Described, Retraining
 
 
-@task(name="merge", task_run_name="merge {retraining.recipe.name}", timeout_seconds=6 * 3600)
+@task(name="merge", task_run_name="merge {retraining.recipe.name}", timeout_seconds=6 * 3600, **RETRYING)
 def merge(
     retraining: Retraining, base: ModelSnapshot, adapter: Adapter, dataset: PreparedDataset
 ) -> State[MergedModel]:

@@ -5,16 +5,21 @@ from uuid import UUID
 
 import psutil
 from mlflow.entities import Run
+from prefect import State
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
+from prefect.client.schemas.objects import StateType
 from prefect.exceptions import ObjectNotFound
-from prefect.states import Crashed
+from prefect.states import Completed, Crashed
 
 from tasks.approval import expire_all
 from tasks.moves import MOVE, edits_of, repair
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
-from tasks.tracking import Tracker, owner_is_alive, runs_here
+from tasks.tracking import Tracker, is_process, owner_is_alive, runs_here, this_process
 
+GONE = "its process is gone; a new run goes on where it stopped"
+AWAY = "it ended well while this server was away"
 INIT_PID = 1
 """Who inherits a process whose parent has died."""
 SERVER = "prefect.server.api.server:create_app"
@@ -35,7 +40,14 @@ def end_orphans(tracker: Tracker) -> list[str]:
         tracker.client.set_terminated(run.info.run_id, "KILLED")
     for flow_run_id in {_flow_run_id(run) for run in orphans} - {None}:
         _crash(str(flow_run_id))
+    _end_stale_flow_runs(tracker)
     return [run.info.run_id for run in orphans]
+
+
+def sign(flow_run_id: str) -> None:
+    """Leave in Prefect which process a flow run is, where no worker does so; it is all there is before MLflow knows."""
+    with get_client(sync_client=True) as client:
+        client.update_flow_run(UUID(flow_run_id), infrastructure_pid=this_process())
 
 
 def repair_registry(registry: ModelRegistry) -> list[str]:
@@ -75,6 +87,18 @@ def _flow_run_id(run: Run) -> str | None:
     return flow_run_id
 
 
+def _end_stale_flow_runs(tracker: Tracker) -> None:
+    """What Prefect still believes to run, although its process is gone: killed, or it ended while Prefect was away."""
+    is_open = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
+    with get_client(sync_client=True) as client:
+        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=is_open)):
+            owner = run.infrastructure_pid or ""
+            if is_process(owner) and runs_here(owner) and not owner_is_alive(owner):
+                ended_well = tracker.status_of_flow(str(run.id)) == "FINISHED"
+                state: State = Completed(message=AWAY) if ended_well else Crashed(message=GONE)
+                client.set_flow_run_state(run.id, state, force=True)
+
+
 def _crash(flow_run_id: str) -> None:
     """End a flow run whose process is gone, unless Prefect has, and start again what a deployment had started."""
     with get_client(sync_client=True) as client:
@@ -83,8 +107,7 @@ def _crash(flow_run_id: str) -> None:
         except ObjectNotFound:
             return
         if flow_run.state is None or not flow_run.state.is_final():
-            message = "its process is gone; a new run goes on where it stopped"
-            client.set_flow_run_state(flow_run.id, Crashed(message=message), force=True)
+            client.set_flow_run_state(flow_run.id, Crashed(message=GONE), force=True)
         elif not flow_run.state.is_crashed():  # failed or cancelled: somebody has to look, or did not want it
             return
         if flow_run.deployment_id is not None and flow_run.name.count(AGAIN) < MOST_RESTARTS:

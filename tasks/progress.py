@@ -1,10 +1,13 @@
 """What a person sees of a running stage: one line a stage in the terminal, a log and a progress bar in Prefect."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 from uuid import UUID
 
+import httpx
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.exceptions import MissingContextError
 from prefect.logging import get_run_logger
@@ -74,11 +77,12 @@ class StageDisplay:
         if not _in_prefect():
             return
         percent, text = 100 * event.done / event.total, f"{event.what}: {event.done} of {event.total} {event.unit}"
-        if self._artifact is None:
-            made = create_progress_artifact(percent, key=f"qlora-{self.stage}", description=text)
-            self._artifact = made if isinstance(made, UUID) else None
-        else:
-            update_progress_artifact(self._artifact, percent, description=text)
+        with if_prefect_listens():
+            if self._artifact is None:
+                made = create_progress_artifact(percent, key=f"qlora-{self.stage}", description=text)
+                self._artifact = made if isinstance(made, UUID) else None
+            else:
+                update_progress_artifact(self._artifact, percent, description=text)
 
     def _seconds(self) -> str:
         return f"{time.monotonic() - self._began:6.1f}s"
@@ -94,6 +98,15 @@ class StageDisplay:
             console=self._console,
             transient=True,
         )
+
+
+@contextmanager
+def if_prefect_listens() -> Iterator[None]:
+    """For what Prefect only shows: that its server is away ends no stage."""
+    try:
+        yield
+    except (httpx.HTTPError, OSError) as error:
+        get_run_logger().warning("Prefect was not told: %s", type(error).__name__)
 
 
 def _in_prefect() -> bool:

@@ -11,7 +11,7 @@ from qlora_core.modeling.rows import example_messages
 from tasks.approval import NOBODY
 from tasks.keys import candidate_key
 from tasks.registry import ModelRegistry, Version
-from tasks.settings import Settings
+from tasks.settings import Settings, without_secrets
 from tasks.stage import RETRYING, Stage
 from tasks.tracking import Described, Retraining
 
@@ -67,7 +67,7 @@ def _judged(settings: Settings, retraining: Retraining, report: EvaluationReport
     place = f"#/experiments/{retraining.experiment_id}/runs/{retraining.parent_run_id}/artifacts/report.html"
     served = settings.mlflow_uri.startswith("http")
     return {
-        "qlora.report": f"{settings.mlflow_uri.rstrip('/')}/{place}"
+        "qlora.report": f"{without_secrets(settings.mlflow_uri).rstrip('/')}/{place}"
         if served
         else report.path.as_uri() + "/report.html",
         "qlora.report_digest": report.digest,

@@ -9,13 +9,14 @@ from typing import Any, Self, TypeVar
 from prefect import State
 from prefect.runtime import task_run
 from prefect.states import Completed
+from prefect.task_engine import TaskRunTimeoutError
 from pydantic import BaseModel
 
 from qlora_core.artifacts import Artifact
 from qlora_core.errors import QloraError, RegistryUnavailableError, SourceUnavailableError
 from qlora_core.events import Metrics, Note, Progress, Report
 from qlora_core.store import EVERYTHING, Store, discard
-from tasks.failures import explain
+from tasks.failures import explain, explain_machine
 from tasks.progress import StageDisplay
 from tasks.settings import Settings
 from tasks.tracking import Described, Retraining, StageRun, Tracker
@@ -30,6 +31,8 @@ def worth_retrying(_task: object, _run: object, state: State[Any]) -> bool:
         return False
     try:
         state.result()
+    except TaskRunTimeoutError:  # the work took too long, no server did
+        return False
     except (SourceUnavailableError, RegistryUnavailableError, ConnectionError, TimeoutError):
         return True
     except BaseException:
@@ -43,7 +46,7 @@ RETRYING: dict[str, Any] = {
     "retry_jitter_factor": 0.5,
     "retry_condition_fn": worth_retrying,
 }
-"""For stages that touch a network."""
+"""For every stage: each talks to MLflow, and what it has made is found again."""
 
 
 class Stage:
@@ -64,7 +67,10 @@ class Stage:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.display.__exit__(kind, error, at)
-        if error is not None and (explained := explain(error, self.settings.mlflow_uri)):
+        if error is None:
+            return
+        explained = explain(error, self.settings.mlflow_uri) or explain_machine(error)
+        if explained is not None:
             raise explained from error
 
     def part(

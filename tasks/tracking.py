@@ -11,6 +11,7 @@ Runs are found again by tags, so that a retry, or the same command after a crash
 
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,6 +23,7 @@ from typing import Any, Literal
 import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
+from mlflow.exceptions import MlflowException
 from pydantic import BaseModel, Field
 
 from qlora_core.artifacts import Record
@@ -29,6 +31,7 @@ from qlora_core.events import Metrics
 from qlora_core.recipe import Recipe
 from qlora_core.store import sha256_of_json
 from qlora_core.sweep import Space
+from tasks.outbox import Outbox
 from tasks.settings import Settings
 
 PARAM_LIMIT_CHARACTERS = 6000
@@ -61,10 +64,11 @@ class Described(Record):
 class StageRun:
     """One nested MLflow run, written with an explicit id; several may be open in one process."""
 
-    def __init__(self, client: MlflowClient, run: Run, key: str) -> None:
-        self._client, self.run_id, self.key = client, run.info.run_id, key
+    def __init__(self, client: MlflowClient, run: Run, settings: Settings) -> None:
+        self._client, self.run_id = client, run.info.run_id
         self._params = dict(run.data.params)
-        self._last_step = self._last_logged_step(run)
+        unsent = settings.root / "unsent" / f"{self.run_id}.jsonl"
+        self._outbox = Outbox(unsent, self._log_steps, self._last_logged_step, settings.mlflow_uri)
 
     def params(self, values: BaseModel | Mapping[str, Any]) -> None:
         """Log dotted parameters; those that the run has already are left alone."""
@@ -76,17 +80,12 @@ class StageRun:
         self._params |= new
 
     def metrics(self, metrics: Metrics) -> None:
-        """Log a step's metrics once: a step that an earlier attempt has logged is not logged again."""
-        if metrics.step <= self._last_step:
-            return
-        now = int(time.time() * 1000)
-        self._client.log_batch(
-            self.run_id, metrics=[Metric(name, value, now, metrics.step) for name, value in metrics.values.items()]
-        )
-        self._last_step = metrics.step
+        """Log a step's metrics once, now or when MLflow is back; a step that an earlier attempt has logged is not."""
+        self._outbox.put(metrics)
 
     def describe(self, described: Described) -> None:
         """Log what the stage made: final metrics, tags, artifacts, and its data as an input."""
+        self._outbox.deliver()
         now = int(time.time() * 1000)
         metrics = [Metric(name, value, now, 0) for name, value in described.metrics.items()]
         tags = [RunTag(name, value) for name, value in described.tags.items()]
@@ -99,8 +98,13 @@ class StageRun:
             log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
             log(self.run_id, str(path), folder or None)
 
-    def _last_logged_step(self, run: Run) -> int:
-        if "loss" not in run.data.metrics:
+    def _log_steps(self, steps: Sequence[Metrics]) -> None:
+        now = int(time.time() * 1000)
+        values = [Metric(name, value, now, at.step) for at in steps for name, value in at.values.items()]
+        self._client.log_batch(self.run_id, metrics=values)
+
+    def _last_logged_step(self) -> int:
+        if "loss" not in self._client.get_run(self.run_id).data.metrics:
             return 0
         history: list[Metric] = self._client.get_metric_history(self.run_id, "loss")
         return max(int(point.step) for point in history)
@@ -149,7 +153,7 @@ class Tracker:
         }
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         self.client.update_run(run_id, status="RUNNING")
-        StageRun(self.client, run, "").params(
+        StageRun(self.client, run, self.settings).params(
             {**recipe.model_dump(mode="json"), **({"space": space.model_dump(mode="json")} if space else {})}
         )
         self.client.log_text(run_id, json.dumps(recipe.model_dump(mode="json"), indent=2), RECIPE)
@@ -184,7 +188,7 @@ class Tracker:
         self.client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         self.client.update_run(run.info.run_id, status="RUNNING")
         with self.final_status(run.info.run_id):
-            yield StageRun(self.client, run, key)
+            yield StageRun(self.client, run, self.settings)
 
     @contextmanager
     def final_status(self, run_id: str) -> Iterator[None]:
@@ -204,19 +208,27 @@ class Tracker:
 
     def stage_seconds(self, retraining: Retraining) -> dict[str, float]:
         """How long each finished stage took, those of earlier retrainings that this one reuses included."""
-        parent = self.client.get_run(retraining.parent_run_id)
-        reused = [run_id for tag, run_id in parent.data.tags.items() if tag.startswith("qlora.reused.")]
-        wanted = f"tags.`mlflow.parentRunId` = '{retraining.parent_run_id}'"
-        runs = [*map(self.client.get_run, reused), *self.search(retraining.experiment_id, wanted)]
+        runs = self.stages_of(self.client.get_run(retraining.parent_run_id))
         finished = sorted((run for run in runs if run.info.end_time), key=lambda run: run.info.start_time)
         return {run.data.tags["qlora.stage"]: (run.info.end_time - run.info.start_time) / 1000 for run in finished}
+
+    def stages_of(self, parent: Run) -> list[Run]:
+        """The stages of a retraining: its own, and those of earlier ones that it reuses."""
+        reused = [run_id for tag, run_id in parent.data.tags.items() if tag.startswith("qlora.reused.")]
+        wanted = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
+        return [*map(self.client.get_run, reused), *self.search(parent.info.experiment_id, wanted)]
 
     def experiment(self, name: str) -> str:
         """The id of the experiment with this name, made when it is missing."""
         found = self.client.get_experiment_by_name(name)
         if found is not None:
             return str(found.experiment_id)
-        return str(self.client.create_experiment(name, artifact_location=self.settings.mlflow_artifacts))
+        try:
+            return str(self.client.create_experiment(name, artifact_location=self.settings.mlflow_artifacts))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        return str(self.client.get_experiment_by_name(name).experiment_id)  # another flow was faster
 
     def search(self, experiment_id: str, filter_string: str, limit: int = 50) -> list[Run]:
         """Active runs of an experiment, newest first."""
@@ -231,6 +243,13 @@ class Tracker:
         experiments = [str(e.experiment_id) for e in self.client.search_experiments()]
         wanted = "attributes.status = 'RUNNING' AND tags.`qlora.kind` LIKE '%'"
         return list(self.client.search_runs(experiments, wanted, ViewType.ACTIVE_ONLY, 1000))
+
+    def status_of_flow(self, flow_run_id: str) -> str | None:
+        """How the retraining of a Prefect flow run stands; None if MLflow knows of none."""
+        experiments = [str(e.experiment_id) for e in self.client.search_experiments()]
+        wanted = f"tags.`prefect.flow_run_id` = '{flow_run_id}' AND tags.`qlora.kind` = 'retrain'"
+        runs = self.client.search_runs(experiments, wanted, ViewType.ACTIVE_ONLY, 1)
+        return str(runs[0].info.status) if runs else None
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags on a run."""
@@ -269,6 +288,11 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 def this_process() -> str:
     """What identifies this process until it ends, even when its number is used again."""
     return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
+
+
+def is_process(owner: str) -> bool:
+    """Whether a text names a process as `this_process` does."""
+    return re.fullmatch(r"[^:]+:\d+:\d+\.\d\d", owner) is not None
 
 
 def owner_is_alive(owner: str) -> bool:

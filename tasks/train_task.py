@@ -7,11 +7,11 @@ from prefect import State, task
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
 from qlora_core.training import launch
 from tasks.keys import train_key
-from tasks.stage import Stage
+from tasks.stage import RETRYING, Stage
 from tasks.tracking import Described, Retraining
 
 
-@task(name="train", task_run_name="train {retraining.recipe.name}")
+@task(name="train", task_run_name="train {retraining.recipe.name}", **RETRYING)
 def train(retraining: Retraining, base: ModelSnapshot, dataset: PreparedDataset) -> State[Adapter]:
     """Train the adapter, or go on from the newest checkpoint of an interrupted attempt."""
     recipe = retraining.recipe

@@ -1,5 +1,7 @@
 """Whether a retraining would change anything, found by walking fingerprints through the store, without any work."""
 
+from mlflow.exceptions import MlflowException
+
 from qlora_core.artifacts import (
     Adapter,
     DataSnapshot,
@@ -26,8 +28,21 @@ def settled(recipe: Recipe, settings: Settings) -> Version | None:
     if made is None:
         return None
     merged, dataset = made
-    version = ModelRegistry(settings).find(recipe.name, keys.candidate_key(recipe, merged, dataset))
-    return version if version is not None and "qlora.verdict" in version.tags else None
+    registry = ModelRegistry(settings)
+    version = registry.find(recipe.name, keys.candidate_key(recipe, merged, dataset))
+    if version is None or "qlora.verdict" not in version.tags:
+        return None
+    return version if _is_over(registry, version.tags.get("qlora.parent_run", "")) else None
+
+
+def _is_over(registry: ModelRegistry, run_id: str) -> bool:
+    """Whether the retraining that judged a version has ended well; one whose run was deleted has."""
+    try:
+        return bool(registry.client.get_run(run_id).info.status == "FINISHED")
+    except MlflowException as error:
+        if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            return True
+        raise
 
 
 def _walk(recipe: Recipe, settings: Settings) -> tuple[MergedModel, PreparedDataset] | None:
