@@ -70,12 +70,18 @@ def sweep(
     ] = None,
     set_: Overrides = None,
     force: Annotated[bool, typer.Option(help="Judge the best again even if nothing has changed.")] = False,
+    on: Annotated[
+        str | None, typer.Option(metavar="DEPLOYMENT", help="Whose workers run the trials, such as trial/gpu.")
+    ] = None,
+    at_once: Annotated[int, typer.Option(min=1, help="How many trials run at the same time there.")] = 1,
 ) -> None:
     """Train with several settings; the one of the lowest evaluation loss goes on to the gates."""
     settings = _start()
     from flows.commands import sweep_recipe
 
-    sweep_recipe(recipe, tuple(grid or ()), tuple(range_ or ()), trials, tuple(set_ or ()), force, settings)
+    sweep_recipe(
+        recipe, tuple(grid or ()), tuple(range_ or ()), trials, tuple(set_ or ()), force, on, at_once, settings
+    )
 
 
 @app.command()

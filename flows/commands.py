@@ -61,6 +61,8 @@ def sweep_recipe(
     trials: int | None,
     overrides: tuple[str, ...],
     force: bool,
+    on: str | None,
+    at_once: int,
     settings: Settings,
 ) -> None:
     """Try several recipes; the best goes on to the gates."""
@@ -77,7 +79,7 @@ def sweep_recipe(
     if settings.embedded_prefect:
         console.print("[dim]starting the embedded Prefect server …[/]")
         end_stray_servers(settings)
-    show_sweep(sweep(path.resolve(), grid, ranges, trials, overrides, force), settings)
+    show_sweep(sweep(path.resolve(), grid, ranges, trials, overrides, force, on, at_once), settings)
 
 
 def reconcile_all(settings: Settings) -> None:

@@ -1,6 +1,5 @@
 """The flow that tries several recipes and takes the best of them to its gates."""
 
-import math
 from pathlib import Path
 from typing import Annotated
 
@@ -18,7 +17,7 @@ from tasks.orphans import end_orphans
 from tasks.promote_task import Outcome
 from tasks.search import search
 from tasks.settings import Settings
-from tasks.sweeping import record
+from tasks.sweeping import LOSS, Attempt, record, run_elsewhere
 from tasks.tracking import Retraining, Tracker
 from tasks.unchanged import settled
 
@@ -40,6 +39,8 @@ def sweep(
     trials: Annotated[int, Field(ge=1)] | None = None,
     set: tuple[Override, ...] = (),  # noqa: A002 - as the option is called
     force: bool = False,
+    on: str | None = None,
+    at_once: Annotated[int, Field(ge=1)] = 1,
 ) -> Swept:
     """Train every point of a grid, or as many as Optuna may propose, and judge the one of the lowest evaluation loss.
 
@@ -50,6 +51,8 @@ def sweep(
         trials: how many to propose; left empty, the whole grid is tried.
         set: what all trials have in common, such as `train.epochs=2`.
         force: judge the best again even if nothing has changed.
+        on: the deployment that runs a trial, such as `trial/gpu`; left empty, trials run here, one after another.
+        at_once: how many trials may run at the same time there.
     """
     settings, base = Settings(), load_recipe(recipe, set)
     space = parse_space(grid, ranges, base, trials is not None)
@@ -61,9 +64,14 @@ def sweep(
     run = tracker.begin(base, str(flow_run.id), flow_run.ui_url, kind="sweep", space=space)
     with tracker.final_status(run.parent_run_id):
         done: list[Trial] = []
-        for point in points:
-            done.append(_try(load_recipe(recipe, (*set, *overrides(point))), point, len(done) + 1, run))
-            points.tell(done[-1].loss)
+        while asked := points.ask(at_once if on else 1):
+            recipes = [load_recipe(recipe, (*set, *overrides(point))) for point in asked]
+            batch = [
+                Attempt(number=len(done) + at, values=point, recipe=made)
+                for at, (point, made) in enumerate(zip(asked, recipes, strict=True), start=1)
+            ]
+            done += run_elsewhere(on, batch, tracker, run) if on else [_try(attempt, run) for attempt in batch]
+            points.tell([trial.loss for trial in done[-len(batch) :]])
             record(tracker, run, done)
         best = best_of(done)
         chosen = load_recipe(recipe, (*set, *overrides(best.values)))
@@ -74,23 +82,29 @@ def sweep(
 
 @flow(name="trial", flow_run_name="trial {number}", persist_result=False)
 def trial(recipe: Recipe, number: int, sweep_run_id: str) -> tuple[float, str]:
-    """Train one recipe of a sweep; returns its evaluation loss and its MLflow run."""
+    """Train one recipe of a sweep.
+
+    Args:
+        recipe: what to train.
+        number: which trial it is.
+        sweep_run_id: the MLflow run of the sweep.
+
+    Returns:
+        Its evaluation loss (nats a token) and its MLflow run.
+    """
     tracker = Tracker(Settings())
     run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url, kind="trial", under=sweep_run_id)
     with tracker.final_status(run.parent_run_id):
         _, _, adapter = trained(run)
-        scores = {"evaluation_loss": adapter.evaluation_loss, "train_loss": adapter.train_loss}
-        tracker.log_final(run.parent_run_id, scores)
+        tracker.log_final(run.parent_run_id, {LOSS: adapter.evaluation_loss, "train_loss": adapter.train_loss})
         return adapter.evaluation_loss, run.parent_run_id
 
 
-def _try(recipe: Recipe, point: dict[str, str], number: int, run: Retraining) -> Trial:
-    """One trial; its failure is a result too, and the others go on."""
-    state = trial(recipe, number, run.parent_run_id, return_state=True)
+def _try(attempt: Attempt, run: Retraining) -> Trial:
+    """One trial in this process; its failure is a result too, and the others go on."""
+    state = trial(attempt.recipe, attempt.number, run.parent_run_id, return_state=True)
     if not state.is_completed():
-        get_run_logger().warning("trial %d failed: %s", number, state.message)
-        return Trial(number=number, values=point, loss=None, error=state.message or str(state.type))
+        get_run_logger().warning("trial %d failed: %s", attempt.number, state.message)
+        return attempt.ended(None, state.message or str(state.type))
     loss, run_id = state.result()
-    if not math.isfinite(loss):
-        return Trial(number=number, values=point, loss=None, error=f"its loss is {loss}", run_id=run_id)
-    return Trial(number=number, values=point, loss=loss, run_id=run_id)
+    return attempt.ended(loss, "", run_id)

@@ -1,24 +1,25 @@
-"""Which point of a sweep comes next: all of a grid, or Optuna's proposals."""
+"""Which points of a sweep come next: all of a grid, or Optuna's proposals."""
 
 import json
-from collections.abc import Iterator
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 from qlora_core.errors import QloraError
 from qlora_core.sweep import Range, Space
 
 STARTUP_TRIALS = 5
 """Drawn at random before the sampler learns from what came out."""
+Point = dict[str, str]
 
 
 class Search(Protocol):
-    """Asks for trials one after another, and is told what came of each."""
+    """Is asked for points and told what came of them, batch by batch."""
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        """Points, each asked for after the last one was told."""
+    def ask(self, most: int) -> list[Point]:
+        """The next points; none when all were tried."""
 
-    def tell(self, loss: float | None) -> None:
-        """What came of the point that was asked for last; None for a failure."""
+    def tell(self, losses: Sequence[float | None]) -> None:
+        """What came of the points asked for last, in their order; None for a failure."""
 
 
 def search(space: Space, trials: int | None, seed: int) -> Search:
@@ -36,10 +37,12 @@ class Grid:
     def __init__(self, space: Space) -> None:
         self._points = space.points()
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        return iter(self._points)
+    def ask(self, most: int) -> list[Point]:
+        """The next of them."""
+        asked, self._points = self._points[:most], self._points[most:]
+        return asked
 
-    def tell(self, loss: float | None) -> None:
+    def tell(self, losses: Sequence[float | None]) -> None:
         """A grid learns nothing."""
 
 
@@ -55,27 +58,30 @@ class Proposals:
         except ImportError:
             raise QloraError("--trials needs Optuna; install it with: pip install 'qlora-flows[sweep]'") from None
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS, constant_liar=True)
+        self._study = optuna.create_study(sampler=sampler)
         self._failed = optuna.trial.TrialState.FAIL
-        self._study = optuna.create_study(
-            sampler=optuna.samplers.TPESampler(seed=seed, n_startup_trials=STARTUP_TRIALS)
-        )
-        self._space, self._trials = space, trials
+        self._space, self._left = space, trials
+        self._asked: list[Any] = []
 
-    def __iter__(self) -> Iterator[dict[str, str]]:
-        for _ in range(self._trials):
-            trial = self._trial = self._study.ask()
-            chosen = {key: str(trial.suggest_categorical(key, values)) for key, values in self._space.grid.items()}
-            drawn = {key: json.dumps(self._draw(key, part)) for key, part in self._space.ranges.items()}
-            yield chosen | drawn
+    def ask(self, most: int) -> list[Point]:
+        """Proposals that do not wait for each other's outcome."""
+        count = min(most, self._left)
+        self._left -= count
+        self._asked = [self._study.ask() for _ in range(count)]
+        return [self._point(trial) for trial in self._asked]
 
-    def tell(self, loss: float | None) -> None:
-        """What came of the last proposal."""
-        if loss is None:
-            self._study.tell(self._trial, state=self._failed)
-        else:
-            self._study.tell(self._trial, loss)
+    def tell(self, losses: Sequence[float | None]) -> None:
+        """What came of the last proposals."""
+        for trial, loss in zip(self._asked, losses, strict=True):
+            self._study.tell(trial, loss, state=self._failed if loss is None else None)
 
-    def _draw(self, key: str, part: Range) -> float:
-        if part.whole:
-            return int(self._trial.suggest_int(key, int(part.low), int(part.high), log=part.by_magnitude))
-        return float(f"{self._trial.suggest_float(key, part.low, part.high, log=part.by_magnitude):.4g}")
+    def _point(self, trial: Any) -> Point:
+        chosen = {key: str(trial.suggest_categorical(key, values)) for key, values in self._space.grid.items()}
+        return chosen | {key: json.dumps(_draw(trial, key, part)) for key, part in self._space.ranges.items()}
+
+
+def _draw(trial: Any, key: str, part: Range) -> float:
+    if part.whole:
+        return int(trial.suggest_int(key, int(part.low), int(part.high), log=part.by_magnitude))
+    return float(f"{trial.suggest_float(key, part.low, part.high, log=part.by_magnitude):.4g}")

@@ -1,6 +1,7 @@
-"""What a sweep leaves in MLflow and Prefect: a table and a picture that grow with every trial."""
+"""Trials of a sweep on a deployment's workers, and what a sweep leaves: a table and a picture that grow with it."""
 
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +9,87 @@ from tempfile import TemporaryDirectory
 
 from mlflow.entities import Metric
 from prefect.artifacts import create_table_artifact
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
+from prefect.states import Cancelling, Pending
 
+from qlora_core.artifacts import Record
+from qlora_core.errors import QloraError
+from qlora_core.recipe import Recipe
 from qlora_core.sweep import PICTURE, Trial, best_of, plot
 from tasks.tracking import Retraining, Tracker
 
 TABLE = "trials.json"
+LOSS = "evaluation_loss"
+"""Metric of a trial's MLflow run, by which trials are compared."""
+POLL_S = 5.0
+
+
+class Attempt(Record):
+    """A trial that is still to be run."""
+
+    number: int
+    values: dict[str, str]
+    recipe: Recipe
+
+    def ended(self, loss: float | None, error: str, run_id: str = "") -> Trial:
+        """The trial that came of it; a loss that is no number is a failure."""
+        if loss is not None and not math.isfinite(loss):
+            loss, error = None, f"its loss is {loss}"
+        return Trial(number=self.number, values=self.values, loss=loss, error=error, run_id=run_id)
+
+
+def run_elsewhere(deployment: str, attempts: Sequence[Attempt], tracker: Tracker, sweep: Retraining) -> list[Trial]:
+    """Run trials at the same time as runs of a deployment, and wait for all; what is left at an error is cancelled.
+
+    Raises:
+        QloraError: there is no such deployment.
+    """
+    with get_client(sync_client=True) as client:
+        runs: list[FlowRun] = []
+        try:
+            runs += [_start(deployment, attempt, sweep) for attempt in attempts]
+            while any(not _state(run).is_final() for run in runs):
+                time.sleep(POLL_S)
+                runs = [client.read_flow_run(run.id) for run in runs]
+        except BaseException:
+            for run in runs:
+                if not _state(run).is_final():
+                    client.set_flow_run_state(run.id, Cancelling())
+            raise
+    return [_came_of(attempt, run, tracker, sweep) for attempt, run in zip(attempts, runs, strict=True)]
+
+
+def _start(deployment: str, attempt: Attempt, sweep: Retraining) -> FlowRun:
+    parameters = {
+        "recipe": attempt.recipe.model_dump(mode="json"),
+        "number": attempt.number,
+        "sweep_run_id": sweep.parent_run_id,
+    }
+    try:
+        run = run_deployment(deployment, parameters=parameters, timeout=0)
+    except ObjectNotFound:
+        raise QloraError(
+            f"there is no deployment {deployment}; `prefect deploy --name gpu --prefect-file deployments/prefect.yaml` "
+            "makes trial/gpu"
+        ) from None
+    assert isinstance(run, FlowRun)
+    return run
+
+
+def _came_of(attempt: Attempt, run: FlowRun, tracker: Tracker, sweep: Retraining) -> Trial:
+    state = _state(run)
+    if not state.is_completed():
+        return attempt.ended(None, state.message or state.name or "it did not end")
+    wanted = f"tags.`qlora.kind` = 'trial' AND tags.`prefect.flow_run_id` = '{run.id}'"
+    (found,) = tracker.search(sweep.experiment_id, wanted, 1)
+    return attempt.ended(found.data.metrics[LOSS], "", found.info.run_id)
+
+
+def _state(run: FlowRun) -> State:
+    return run.state or Pending()
 
 
 def record(tracker: Tracker, run: Retraining, trials: Sequence[Trial]) -> None:

@@ -1,4 +1,4 @@
-"""What commands do with a team's servers, in one set-up: doctor, notifications, watchers. Nothing is mocked."""
+"""What commands do with a team's servers, in one set-up: doctor, notifications, watchers, sweeps. Nothing is mocked."""
 
 import json
 from collections.abc import Iterator
@@ -8,8 +8,10 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
+import mlflow
 import psutil
 import pytest
+from mlflow import MlflowClient
 from prefect import tags
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
@@ -25,7 +27,7 @@ from tasks.settings import Settings
 from tests.integration.conftest import free_port, qlora
 from tests.integration.hub_server import HubServer
 from tests.integration.hub_server import running as running_hub
-from tests.team import BUCKET, Team, team, wait_for
+from tests.team import BUCKET, Team, team, wait_for, worker
 from tests.tiny import write_recipe, write_rows
 
 pytestmark = pytest.mark.slow
@@ -41,6 +43,11 @@ def us(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Team]:
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"))
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_recipe(tmp_path_factory.mktemp("swept"), name="swept", evaluation={"metrics": ["loss"]})
 
 
 @pytest.fixture(autouse=True)
@@ -243,6 +250,47 @@ def test_a_watcher_publishes_what_has_changed_and_nothing_else(us: Team, tmp_pat
         assert watch_data(watched) not in (published, None)
     wanted = {"event": {"name": ["qlora.data.published"]}, "resource": {"id": [resource(name)]}}
     wait_for("both events", lambda: len(us.ask("/events/filter", filter=wanted)["events"]) == 2, 60)
+
+
+def test_a_sweep_trains_each_trial_once_and_takes_the_best_to_its_gates(us: Team, swept: Path):
+    with webhook("sweeps") as chat:
+        listen("custom-webhook/sweeps", "swept", [Occasion.PROMOTED, Occasion.REJECTED], Settings())
+        values = ["--grid", "train.learning_rate=0.02,1e-6", "--set", "train.max_steps=6"]
+        said = qlora("sweep", swept, *values, environment=us.environment)
+        assert said.returncode == 0, said.stdout + said.stderr
+        assert chat.heard("swept version 1")["body"].startswith("2 gates of 2 passed")
+
+    client = MlflowClient(us.mlflow_url)
+    experiment = client.get_experiment_by_name("swept")
+    runs = client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"])
+    (parent,) = [run for run in runs if run.data.tags["qlora.kind"] == "sweep"]
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert [run.data.tags["qlora.kind"] for run in below] == ["trial", "trial", "retrain"]
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    losses = [run.data.metrics["evaluation_loss"] for run in below[:2]]
+    assert losses[0] < losses[1]  # 1e-6 learns nothing in six steps
+    assert parent.data.metrics["best_loss"] == losses[0]
+    assert below[2].data.params["train.learning_rate"] == "0.02"
+
+    stages = [run.data.tags["qlora.stage"] for run in runs if run.data.tags["qlora.kind"] == "stage"]
+    assert [stages.count(stage) for stage in ("download", "prepare", "train", "merge")] == [1, 1, 2, 1]
+    table = mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/trials.json")
+    assert [row[table["columns"].index("evaluation loss")] for row in table["data"]] == losses
+    assert "trials.png" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def test_trials_run_on_the_workers_of_a_deployment_and_what_was_trained_is_reused(us: Team, swept: Path):
+    us.prefect("deploy", "--name", "gpu", "--prefect-file", "deployments/prefect.yaml")
+    with worker(us, "gpu", "two"):
+        values = ["--grid", "train.learning_rate=0.02,1e-6", "--set", "train.max_steps=6", "--at-once", "2"]
+        said = qlora("sweep", swept, *values, "--on", "trial/gpu", environment=us.environment)
+    assert said.returncode == 0, said.stdout + said.stderr
+    assert "The gates have judged the best before" in said.stdout
+    client = MlflowClient(us.mlflow_url)
+    runs = client.search_runs([client.get_experiment_by_name("swept").experiment_id])
+    kinds = [run.data.tags["qlora.kind"] for run in runs]
+    assert [kinds.count(kind) for kind in ("sweep", "trial", "retrain")] == [2, 4, 1]
+    assert [run.data.tags.get("qlora.stage") for run in runs].count("train") == 2
 
 
 def test_the_doctor_notices_that_the_object_store_is_down(us: Team):
