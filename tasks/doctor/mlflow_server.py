@@ -56,8 +56,11 @@ def _server(uri: str) -> Iterator[Check]:
             get_default_host_creds(uri), "/version", "GET", max_retries=0, timeout=TIMEOUT_S, raise_on_status=False
         )
     except Exception as error:
-        do = "start it, or correct MLFLOW_TRACKING_URI; behind a proxy look at its address and certificate"
-        yield failed("MLflow", f"{where} does not answer: {_root_of(error)}", do)
+        cause = _root_of(error)
+        do = "start it, or correct MLFLOW_TRACKING_URI"
+        if "certificate" in cause.lower():
+            do = "trust who signed its certificate: REQUESTS_CA_BUNDLE names a file of root certificates"
+        yield failed("MLflow", f"{where} does not answer: {cause}", do)
         return
     if answer.status_code == 401:  # an older server lets nobody look at its version
         yield ok("MLflow", f"{where} answers")
@@ -115,4 +118,7 @@ def _store(client: MlflowClient) -> Check:
 
 
 def _root_of(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What began it: clients wrap a refused connection or certificate three times."""
+    while cause := error.__cause__ or error.__context__:
+        error = cause
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:250]}"

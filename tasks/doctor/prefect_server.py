@@ -43,7 +43,8 @@ def examine() -> Iterator[Check]:
 
 
 def _refused(where: str, error: Exception) -> Check:
-    do = "start it, or correct PREFECT_API_URL, which ends with /api; behind a proxy look at its certificate"
+    do = "start it, or correct PREFECT_API_URL, which ends with /api; for a certificate of one's own, set "
+    do += "PREFECT_API_SSL_CERT_FILE to a file of root certificates"
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
         do = "set PREFECT_API_AUTH_STRING to user:password, as PREFECT_SERVER_API_AUTH_STRING of the server has it"
     said = explain_prefect(error) or f"{where}: {type(error).__name__} {error}"

@@ -1,6 +1,9 @@
 """What commands do with a team's servers, in one set-up: doctor, notifications, watchers, sweeps. Nothing is mocked."""
 
 import json
+import os
+import ssl
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -8,15 +11,22 @@ from pathlib import Path
 from threading import Thread
 from urllib.parse import urlsplit
 
+import httpx
 import mlflow
 import psutil
 import pytest
 from mlflow import MlflowClient
 from prefect import tags
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
-from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+from prefect.settings import (
+    PREFECT_API_AUTH_STRING,
+    PREFECT_API_SSL_CERT_FILE,
+    PREFECT_API_URL,
+    temporary_settings,
+)
 
 from flows.scheduled import retrain_recipe, watch_data
+from flows.sweep import sweep
 from qlora_core.errors import RecipeError
 from tasks.doctor import check, mlflow_server, prefect_server
 from tasks.notifying import notify as listen
@@ -27,6 +37,7 @@ from tasks.settings import Settings
 from tests.integration.conftest import free_port, qlora
 from tests.integration.hub_server import HubServer
 from tests.integration.hub_server import running as running_hub
+from tests.servers import CHECKOUT, running
 from tests.team import BUCKET, Team, team, wait_for, worker
 from tests.tiny import write_recipe, write_rows
 
@@ -129,6 +140,38 @@ def test_the_doctor_wants_the_extension_that_prefect_needs(us: Team, monkeypatch
         connection.execute("CREATE TABLE alembic_version AS SELECT 'anything' AS version_num")
     monkeypatch.setenv(databases.PREFECT_DATABASE, url.removesuffix("prefect") + "postgres")
     assert "lacks pg_trgm" in failure(databases.examine(Settings())).found
+
+
+def trusting(root: Path) -> ssl.SSLContext:
+    return ssl.create_default_context(cafile=str(root))
+
+
+@contextmanager
+def proxy(us: Team, folder: Path) -> Iterator[tuple[str, str, Path]]:
+    """The shipped proxy before both servers; their addresses by TLS, and the root certificate."""
+    ports = [free_port() for _ in range(3)]
+    text = (CHECKOUT / "infra" / "Caddyfile").read_text().replace("admin off", f"admin off\n\thttp_port {ports[2]}")
+    for name, url in {"mlflow:5000": us.mlflow_url, "prefect:4200": us.prefect_url}.items():
+        text = text.replace(name, urlsplit(url).netloc)
+    (folder / "Caddyfile").write_text(text)
+    hosts = {"MLFLOW_HOST": f"localhost:{ports[0]}", "PREFECT_HOST": f"localhost:{ports[1]}", "TLS_ISSUER": "internal"}
+    command = [str(Path(sys.executable).with_name("caddy")), "run", "--config", str(folder / "Caddyfile")]
+    places = {"XDG_DATA_HOME": str(folder), "XDG_CONFIG_HOME": str(folder), "HOME": str(folder)}
+    root = folder / "caddy" / "pki" / "authorities" / "local" / "root.crt"
+    with running([*command, "--adapter", "caddyfile"], folder / "proxy.log", {**os.environ, **hosts, **places}):
+        urls = [f"https://{hosts['MLFLOW_HOST']}", f"https://{hosts['PREFECT_HOST']}/api"]
+        wait_for("certificate", lambda: httpx.get(f"{urls[0]}/health", verify=trusting(root)).is_success, 60)
+        yield urls[0], urls[1], root
+
+
+def test_through_the_proxy_both_servers_are_reached_by_tls(us: Team, tmp_path: Path, monkeypatch):
+    with proxy(us, tmp_path) as (mlflow_url, prefect_url, root):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_url)
+        assert "REQUESTS_CA_BUNDLE" in failure(mlflow_server.examine(Settings())).do  # nobody trusts it yet
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(root))
+        assert {found.status for found in mlflow_server.examine(Settings())} == {"ok"}
+        with as_member(us, PREFECT_API_URL=prefect_url), temporary_settings({PREFECT_API_SSL_CERT_FILE: str(root)}):
+            assert next(prefect_server.examine()).status == "ok"
 
 
 class Receiver(ThreadingHTTPServer):
@@ -277,6 +320,16 @@ def test_a_sweep_trains_each_trial_once_and_takes_the_best_to_its_gates(us: Team
     table = mlflow.artifacts.load_dict(f"{parent.info.artifact_uri}/trials.json")
     assert [row[table["columns"].index("evaluation loss")] for row in table["data"]] == losses
     assert "trials.png" in {file.path for file in client.list_artifacts(parent.info.run_id)}
+
+
+def test_a_sweep_goes_on_after_a_failed_trial_and_fails_when_all_have(us: Team, tmp_path: Path):
+    hopeless = write_recipe(tmp_path, name="hopeless", model={"source": "local", "path": "missing"})
+    with pytest.raises(RecipeError, match=r"no trial of 2 came to an end; the first said: .*missing does not exist"):
+        sweep(hopeless, grid=("train.lora.rank=4,8",))
+    client = MlflowClient(us.mlflow_url)
+    runs = client.search_runs([client.get_experiment_by_name("hopeless").experiment_id])
+    ends = sorted((run.data.tags["qlora.kind"], run.info.status) for run in runs if "qlora.stage" not in run.data.tags)
+    assert ends == [("sweep", "FAILED"), ("trial", "FAILED"), ("trial", "FAILED")]
 
 
 def test_trials_run_on_the_workers_of_a_deployment_and_what_was_trained_is_reused(us: Team, swept: Path):
