@@ -193,6 +193,7 @@ def reconcile() -> None:
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check versions, GPU, disk, both servers, the object store and workers, and say what to do."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # what does not work now is what is asked for
     settings = _start()
     from flows.doctor import examine_all
 

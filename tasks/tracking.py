@@ -145,11 +145,12 @@ class Tracker:
             experiment_id, run_name=f"{kind} {recipe.name}", tags=tags
         )
         run_id = run.info.run_id
+        what = "retraining" if kind == "retrain" else kind
         where = f"[its Prefect run]({flow_run_url})" if flow_run_url else f"Prefect flow run `{flow_run_id}`"
         tags = {
             "qlora.owner": this_process(),
             "prefect.flow_run_id": flow_run_id,
-            "mlflow.note.content": f"One {kind} of **{recipe.name}**: {where}. What it consists of is nested runs.",
+            "mlflow.note.content": f"One {what} of **{recipe.name}**: {where}. What it consists of is nested runs.",
         }
         self.client.log_batch(run_id, tags=[RunTag(name, value) for name, value in tags.items()])
         self.client.update_run(run_id, status="RUNNING")

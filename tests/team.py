@@ -1,7 +1,8 @@
 """Everything that a team runs, as plain processes on loopback for as long as a test needs it.
 
 PostgreSQL for both servers, a Prefect server and an MLflow server that want a password, and SeaweedFS as the S3 behind
-MLflow's artifact proxy: flows and workers have no key for it.
+MLflow's artifact proxy: flows and workers have no key for it. Commands and settings of the servers are those of
+`infra/compose.yaml`.
 """
 
 import json
@@ -12,7 +13,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -182,43 +183,54 @@ def bucket(s3_url: str, secret: str) -> bool:
 def prefect_server(folder: Path, database: str, secret: str) -> Iterator[str]:
     """A Prefect server on PostgreSQL; the URL of its API."""
     port = free_port()
+    host, _, database_port = database.partition(":")
+    command, shipped = service("prefect", {"4200": str(port)}, secret)
     settings = {
         **clean_environment(),
+        **shipped,
         "PREFECT_HOME": str(folder / "prefect-server"),
-        "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"postgresql+asyncpg://prefect:{secret}@{database}/prefect",
-        "PREFECT_SERVER_API_AUTH_STRING": f"team:{secret}",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_DATABASE_HOST": host,
+        "PREFECT_SERVER_DATABASE_PORT": database_port,
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
     }
-    command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with running([sys.executable, *command], folder / "prefect.log", settings):
+    with running(command, folder / "prefect.log", settings):
         yield f"http://127.0.0.1:{port}/api"
 
 
 @contextmanager
 def mlflow_with_users(folder: Path, database: str, s3_url: str, secret: str) -> Iterator[str]:
     """An MLflow server with authentication on PostgreSQL, whose artifacts go through it to S3."""
-    port, uri = free_port(), f"postgresql+psycopg://mlflow:{secret}@{database}/mlflow"
-    (folder / "auth.ini").write_text(
-        f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {uri}\n"
-        "auth_cache_ttl_seconds = 60\n"  # else every request hashes a password, for about a second
-    )
-    settings = {
-        **clean_environment(),
-        "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"),
-        "MLFLOW_AUTH_ADMIN_USERNAME": "admin",
-        "MLFLOW_AUTH_ADMIN_PASSWORD": secret * 2,
-        "MLFLOW_FLASK_SERVER_SECRET_KEY": secret,
-        "MLFLOW_S3_ENDPOINT_URL": s3_url,
-        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-        "AWS_ACCESS_KEY_ID": "mlflow",
-        "AWS_SECRET_ACCESS_KEY": secret,
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    command = ["-m", "mlflow", "server", "--app-name", "basic-auth", "--host", "127.0.0.1", "--port", str(port)]
-    store = ["--backend-store-uri", uri, "--artifacts-destination", f"s3://{BUCKET}", "--workers", "1"]
-    with running([sys.executable, *command, *store], folder / "mlflow.log", settings):
+    port = free_port()
+    places = {"@postgres/": f"@{database}/", "http://objects:8333": s3_url, "5000": str(port)}
+    command, shipped = service("mlflow", places, secret)
+    ini = (CHECKOUT / "infra" / "mlflow-auth.ini").read_text().replace("@postgres/", f"@{database}/")
+    (folder / "auth.ini").write_text(ini)
+    settings = {**clean_environment(), **shipped, "MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini")}
+    command[command.index("--workers") + 1] = "1"
+    with running(command, folder / "mlflow.log", settings):
         yield f"http://127.0.0.1:{port}"
+
+
+def service(name: str, places: Mapping[str, str], secret: str) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of a service of the shipped compose file, for this machine.
+
+    Args:
+        name: of the service.
+        places: addresses inside the compose network, and what stands for them here.
+        secret: for every password but that of MLflow's first user, which has to be longer.
+    """
+    shipped = YAML(typ="safe", pure=True).load((CHECKOUT / "infra" / "compose.yaml").read_text())["services"][name]
+
+    def here(text: str) -> str:
+        text = re.sub(r"\$\{MLFLOW_PASSWORD\W*\}", secret * 2, text)
+        text = re.sub(r"\$\{(MLFLOW|PREFECT)_HOST\W*\}", "localhost:*", text)
+        text = re.sub(r"\$\{\w+\W*\}", secret, text)
+        for there, place in places.items():
+            text = text.replace(there, place)
+        return text.replace("0.0.0.0", "127.0.0.1")
+
+    command = [sys.executable, "-m", *(here(str(word)) for word in shipped["command"])]
+    return command, {variable: here(str(value)) for variable, value in shipped["environment"].items()}
 
 
 @contextmanager

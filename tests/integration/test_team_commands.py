@@ -346,8 +346,9 @@ def test_trials_run_on_the_workers_of_a_deployment_and_what_was_trained_is_reuse
     assert [run.data.tags.get("qlora.stage") for run in runs].count("train") == 2
 
 
-def test_the_doctor_notices_that_the_object_store_is_down(us: Team):
+def test_the_doctor_notices_that_the_object_store_is_down(us: Team, monkeypatch: pytest.MonkeyPatch):
     """The last one here: nothing starts it again."""
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     (store,) = [child for child in psutil.Process().children() if Path(child.cmdline()[0]).name == "weed"]
     store.kill()
     found = failure(mlflow_server.examine(Settings()))
