@@ -5,7 +5,7 @@ from typing import Annotated
 
 from prefect import flow
 from prefect.logging import get_run_logger
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 from pydantic import Field
 
 from flows.retrain import candidate, trained
@@ -13,7 +13,8 @@ from flows.scheduled import Override
 from qlora_core.artifacts import Record
 from qlora_core.recipe import Recipe, load_recipe
 from qlora_core.sweep import Trial, best_of, overrides, parse_space
-from tasks.orphans import end_orphans
+from tasks.cancelling import ends_when_cancelled
+from tasks.orphans import end_orphans, sign
 from tasks.promote_task import Outcome
 from tasks.search import search
 from tasks.settings import Settings
@@ -60,9 +61,12 @@ def sweep(
         load_recipe(recipe, (*set, *overrides(point)))
     points = search(space, trials, base.seed)
     tracker = Tracker(settings)
+    if not deployment.id:
+        sign(str(flow_run.id))
     end_orphans(tracker)
+    watched = ends_when_cancelled(str(flow_run.id), has_worker=bool(deployment.id))
     run = tracker.begin(base, str(flow_run.id), flow_run.ui_url, kind="sweep", space=space)
-    with tracker.final_status(run.parent_run_id):
+    with watched, tracker.final_status(run.parent_run_id):
         done: list[Trial] = []
         while asked := points.ask(at_once if on else 1):
             recipes = [load_recipe(recipe, (*set, *overrides(point))) for point in asked]
