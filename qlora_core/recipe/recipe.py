@@ -99,7 +99,9 @@ def _count(value: Any, left: int) -> int:
     """Refuse what a few lines of YAML can grow to when its aliases are followed; returns how many values are left."""
     if left <= 0:
         raise ValueError(f"it holds more than {MAX_VALUES:,} values once its aliases are followed")
-    children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    if isinstance(value, str) and any("\ud800" <= char <= "\udfff" for char in value):
+        raise ValueError("it holds half a character (an escape from d800 to dfff); write the character itself")
+    children = [*value, *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else ()
     left -= 1
     for child in children:
         left = _count(child, left)
