@@ -54,6 +54,8 @@ class Fault:
     """What runs that are not FINISHED may be right after, where the command did not end well."""
     heal: Callable[[Home], None] = nothing
     stages: tuple[str, ...] = STAGES
+    in_child: bool = False
+    """It strikes while a child is at work."""
     needs_disk: bool = False
     """The home must be a file system of its own."""
     leaves_no_words: bool = False
@@ -128,7 +130,7 @@ FAULTS = (
     Fault("SIGTERM", kill(signal.SIGTERM), frozenset({"KILLED"})),
     Fault("SIGINT", kill(signal.SIGINT), frozenset({"KILLED"})),
     Fault("SIGKILL", kill(signal.SIGKILL), frozenset({"RUNNING"})),
-    Fault("SIGKILL of the child", kill_child, frozenset({"FAILED"}), stages=CHILD_STAGES),
+    Fault("SIGKILL of the child", kill_child, frozenset({"FAILED"}), stages=CHILD_STAGES, in_child=True),
     Fault("cancelled in Prefect", cancel, frozenset({"KILLED"})),
     Fault("out of memory", take_memory, frozenset({"FAILED", "KILLED", "RUNNING"}), leaves_no_words=True),
     Fault("disk full", fill_disk, frozenset({"FAILED"}), make_room, needs_disk=True),

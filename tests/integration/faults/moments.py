@@ -17,6 +17,7 @@ REQUESTS = {
 }
 """Stages that are known by what they ask a server: the gate, and what it stops at."""
 FILES = {
+    "download": "work/download-*/scratch/child/events.jsonl",
     "train": "work/train-*/checkpoints/step-*6",
     "merge": "work/merge-*/child/events.jsonl",
     "evaluate": "work/scores-*/child/events.jsonl",
@@ -25,9 +26,9 @@ FILES = {
 
 
 @contextmanager
-def start_and_hold(home: Home, stage: str) -> Iterator[Flow]:
-    """A first attempt that stands still in the midst of a stage until the block ends."""
-    if stage in REQUESTS:
+def start_and_hold(home: Home, stage: str, in_child: bool = False) -> Iterator[Flow]:
+    """A first attempt that stands still in the midst of a stage, or of its child, until the block ends."""
+    if stage in REQUESTS and not in_child:
         name, pattern = REQUESTS[stage]
         with getattr(home.world, name).stop_at(pattern) as wire:
             flow = home.start(1)

@@ -48,7 +48,7 @@ def test_after_a_fault_the_same_command_ends_like_an_undisturbed_run(
         place = request.getfixturevalue("disk") if fault.needs_disk else tmp_path / "home"
         home = everything.home(f"{fault.name} {stage}".replace(" ", "-").lower(), stage, place)
         try:
-            with start_and_hold(home, stage) as flow:
+            with start_and_hold(home, stage, fault.in_child) as flow:
                 fault.strike(Scene(home, stage, flow))
             code = flow.wait(COMMAND_TIMEOUT_S)
         finally:
