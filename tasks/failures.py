@@ -18,6 +18,8 @@ WHO = {
     "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN",
     "PERMISSION_DENIED": "does not let this user do that; who manages the model or experiment can give the right EDIT",
 }
+READ_ONLY = re.compile(r"read-?only (database|transaction)")
+"""What SQLite and PostgreSQL say; a server passes it on as if the request were at fault."""
 LONGEST_TEXT_CHARACTERS = 300
 MACHINE = {
     errno.ENOSPC: ("the disk is full", "Free some space, or move everything with QLORA_HOME"),
@@ -33,7 +35,11 @@ MACHINE = {
 def explain(error: BaseException, mlflow_uri: str) -> RegistryError | None:
     """What a failure of MLflow means and what is safe; None if the error is something else."""
     if isinstance(error, MlflowException):
-        passing = error.error_code in PASSING or isinstance(error.__cause__ or error.__context__, SQLAlchemyError)
+        passing = (
+            error.error_code in PASSING
+            or isinstance(error.__cause__ or error.__context__, SQLAlchemyError)
+            or READ_ONLY.search(str(error)) is not None
+        )
     elif isinstance(error, SQLAlchemyError):
         passing = True
     else:

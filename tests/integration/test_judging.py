@@ -1,29 +1,50 @@
-"""Who becomes champion: a good model, not one of poisoned labels.
+"""Who becomes champion: a good model, not one of poisoned labels; and what a registry that fails can do about it.
 
 A flow costs most of a minute of imports on two cores, so all tests look at one story: a good model, one of poisoned
-labels, a better one.
+labels, a better one. A registry that fails is met with what that story has left in the store.
 """
 
 import json
 import re
+import shutil
+import sqlite3
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import httpx
 import pytest
 from mlflow import MlflowClient
+from mlflow.entities import Run
+from selenium import webdriver
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import WebDriverWait
 
+from docs.screenshots import browser
+from tests.faulty import FaultyServer, faulty
 from tests.integration.conftest import qlora, shell
+from tests.servers import mlflow_server
 from tests.tiny import write_recipe, write_rows
 
 NAME = "tiny-painter"
+STAGES = {"download", "prepare", "train", "merge", "evaluate", "register", "promote"}
 DATA = {
     "rows": [{"source": "local", "path": "rows.json"}],
     "seq_len_tokens": 128,
     "split": {"by": "label", "column": "labelled_by", "evaluation_labels": ["experts"]},
 }
 """The rows that experts have labelled are all kept for evaluation, those of the vendor are trained on."""
+FAILURES = {
+    "registering": ("500", "model-versions/create"),
+    "promoting": ("timeout", '"champion"'),
+    "writing down why": ("down", '"qlora.verdict"'),
+}
+READ_ONLY = (
+    "CREATE TRIGGER refuse BEFORE INSERT ON registered_model_aliases "
+    "BEGIN SELECT RAISE(ABORT, 'attempt to write a readonly database'); END"
+)
+
 Done = subprocess.CompletedProcess[str]
 
 
@@ -65,6 +86,18 @@ def judged(prefect_api, downloads, tmp_path_factory) -> Judged:
 def report_of(run: Done) -> Path:
     """The page that a command has named at its end."""
     return Path(re.search(r"^report +(.*)$", run.stdout, re.M)[1]).resolve()
+
+
+def runs_of(client: MlflowClient, kind: str) -> list[Run]:
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return list(client.search_runs(experiments, f"tags.`qlora.kind` = '{kind}'"))
+
+
+def text_of(driver: webdriver.Chrome, address: str, until: str) -> str:
+    """What a page shows, once it shows some words."""
+    driver.get(address)
+    WebDriverWait(driver, 60).until(lambda page: until in page.find_element(By.TAG_NAME, "body").text)
+    return driver.find_element(By.TAG_NAME, "body").text
 
 
 def aliases(client: MlflowClient) -> dict[str, int]:
@@ -118,3 +151,91 @@ def test_a_rollback_restores_the_earlier_champion_for_all_to_see(judged):
     (shown,) = judged.artifacts("qlora-rollback")
     assert "version 1 is champion again" in shown
     assert "users complain" in shown
+
+
+class Failing(NamedTuple):
+    """A home that has everything but the registry, which is a server that fails when told to."""
+
+    environment: dict[str, str]
+    server: FaultyServer
+    database: Path
+
+
+@pytest.fixture(scope="module")
+def failing(judged, tmp_path_factory) -> Iterator[Failing]:
+    folder = tmp_path_factory.mktemp("failing")
+    shutil.copytree(Path(judged.environment["QLORA_HOME"]) / "store", folder / "home" / "store")
+    with mlflow_server(folder / "mlflow") as uri, faulty(uri) as server:
+        environment = {
+            **judged.environment,
+            "QLORA_HOME": str(folder / "home"),
+            "QLORA_RETRY": "false",
+            "MLFLOW_TRACKING_URI": server.url,
+            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+            "MLFLOW_HTTP_REQUEST_TIMEOUT": "6",
+        }
+        yield Failing(environment, server, folder / "mlflow" / "mlflow.db")
+
+
+@pytest.mark.slow
+def test_a_run_whose_registry_fails_on_the_way_says_so_and_is_finished_by_the_same_command(judged, failing):
+    client = MlflowClient(failing.server.upstream)
+    command = ("run", judged.recipe)
+
+    def fails(why: str) -> None:
+        run = qlora(*command, environment=failing.environment)
+        assert run.returncode == 1, run.stdout + run.stderr
+        assert "Traceback" not in run.stderr
+        *_, error, later = run.stderr.splitlines()
+        assert error.startswith(f"error: MLflow at {failing.server.url} failed: "), why
+        assert "Nothing counts as promoted that its registry does not show" in error
+        assert later.endswith(f"run {judged.recipe}")
+
+    failing.server.fail("down", at="")
+    fails("before anything")
+    assert client.search_registered_models() == []
+    for why, (how, step) in FAILURES.items():
+        failing.server.fail(how, step)
+        fails(why)
+        champions = [model.aliases.get("champion") for model in client.search_registered_models()]
+        assert any(champions) == (why == "writing down why"), "an alias moved before or after its time"
+        failing.server.work_again()
+
+    done = qlora(*command, environment=failing.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert aliases(client) == {"champion": 1}
+    (version,) = client.search_model_versions(f"name = '{NAME}'")
+    assert version.tags["qlora.verdict"] == "promoted"
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    assert {run.info.status for run in client.search_runs(experiments)} == {"FINISHED"}
+
+
+@pytest.mark.slow
+def test_a_browser_shows_a_retraining_with_its_stages_its_aliases_and_its_report(judged, failing):
+    server = failing.server.upstream
+    (parent,) = runs_of(MlflowClient(server), "retrain")
+    with browser() as driver:
+        page = f"{server}/#/experiments/{parent.info.experiment_id}/runs/{parent.info.run_id}"
+        nested = text_of(driver, page, "promote,").partition("Child runs")[2].partition("Source")[0]
+        assert set(re.findall(r"\w+", nested)) == STAGES
+        assert "@ champion" in text_of(driver, f"{server}/#/models/{NAME}", "champion")
+        assert text_of(driver, report_of(judged.poisoned).as_uri(), "Not promoted: loss reached")
+
+
+@pytest.mark.slow
+def test_a_command_whose_registry_becomes_read_only_changes_nothing_and_is_finished_later(judged, failing):
+    client = MlflowClient(failing.server.upstream)
+    client.create_model_version(NAME, source="s3://nowhere/model", tags={"qlora.key": "two", "qlora.model_digest": "b"})
+    command = ("promote", f"{NAME}@2", "--force", "--reason", "reads better")
+    with sqlite3.connect(failing.database) as database:
+        database.execute(READ_ONLY)
+    refused = qlora(*command, environment=failing.environment)
+    assert refused.returncode == 1, refused.stdout + refused.stderr
+    assert "readonly database" in refused.stderr
+    assert "later: " in refused.stderr
+    assert aliases(client) == {"champion": 1}
+    with sqlite3.connect(failing.database) as database:
+        database.execute("DROP TRIGGER refuse")
+    done = qlora(*command, environment=failing.environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert aliases(client) == {"champion": 2, "previous": 1}
