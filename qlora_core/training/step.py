@@ -58,6 +58,9 @@ class DirectLoss(Protocol):
     def refresh(self) -> None:
         """Take over changed parameters; after every update."""
 
+    def flat_parameters(self) -> Parameters:
+        """All that is trained as few parameters, which from now on are trained in place of the many."""
+
 
 class BatchMaker(Protocol):
     """How a loss module wants its rows."""

@@ -21,7 +21,7 @@ from qlora_core.training.optimizer import Parameters, build_optimizer
 from qlora_core.training.plots import plot_history
 from qlora_core.training.precision import training_dtype
 from qlora_core.training.spec import TrainSpec
-from qlora_core.training.step import Parallel
+from qlora_core.training.step import DirectLoss, Parallel
 from qlora_core.training.stopping import EVALUATION_LOSS, best_evaluation
 from qlora_core.training.throughput import peak_memory_gib, practical_peak
 
@@ -105,11 +105,13 @@ def build_parallel(
     report: Report,
 ) -> Parallel:
     """The recipe's strategy around the loss module and a fresh optimizer."""
-    optimizer = build_optimizer(spec.recipe, parameters, accelerator.device, report)
     if spec.recipe.strategy == "ddp":
+        optimizer = build_optimizer(spec.recipe, parameters, accelerator.device, report)
         return DataParallel(accelerator, module, optimizer, spec.recipe.max_grad_norm, dtype)
     from qlora_core.training.zero import ZeroParallel
 
+    trained = module.flat_parameters() if isinstance(module, DirectLoss) else parameters
+    optimizer = build_optimizer(spec.recipe, trained, accelerator.device, report)
     return ZeroParallel(accelerator, module, optimizer, spec.recipe, dtype, steps, report)
 
 

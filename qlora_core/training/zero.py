@@ -10,7 +10,7 @@ here, by DeepSpeed's own rule (`loss_scale.py`).
 import json
 from collections.abc import Iterator, Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -65,6 +65,18 @@ def zero_settings(recipe: TrainRecipe, report: Report) -> dict[str, Any]:
     }
 
 
+class Piece(NamedTuple):
+    """A parameter as a part of one that DeepSpeed knows, or as all of it."""
+
+    whole: torch.nn.Parameter
+    place: slice | None
+    shape: torch.Size
+
+    def cut(self, full: torch.Tensor) -> torch.Tensor:
+        """Its part of a tensor like the whole."""
+        return full if self.place is None else full[self.place].view(self.shape)
+
+
 class ZeroParallel:
     """A DeepSpeed engine behind the same few methods as `DataParallel`."""
 
@@ -86,9 +98,9 @@ class ZeroParallel:
             accelerator.device,
         )
         self.optimizer, self.skips_overflow = optimizer, dtype == torch.float16
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        self._wholes = [p for group in optimizer.param_groups for p in group["params"]]
         self._direct = module if isinstance(module, DirectLoss) else None
-        self._gradients = HandOver(trained) if self._direct else None
+        self._gradients = HandOver(self._wholes) if self._direct else None
         settings = accelerator.state.deepspeed_plugin.deepspeed_config
         self.own_schedule = "scheduler" in settings
         parts: list[Any] = [module, optimizer]
@@ -134,11 +146,15 @@ class ZeroParallel:
             self._make_states(torch.zeros(()))
         step = next(iter(self._states()))["step"]
         tensors = self._scale.state() if self._scale is not None else {}
-        for name, parameter in parameters.items():
-            tensors[f"{WEIGHT}{name}"] = safe_get_full_fp32_param(parameter).contiguous()
+        wholes: dict[torch.nn.Parameter, dict[str, torch.Tensor]] = {}
+        for name, piece in self._pieces(parameters).items():
+            if piece.whole not in wholes:
+                moments = {key: safe_get_full_optimizer_state(piece.whole, key) for key in MOMENTS}
+                wholes[piece.whole] = {"": safe_get_full_fp32_param(piece.whole), **moments}
+            mine = {key: piece.cut(tensor).contiguous() for key, tensor in wholes[piece.whole].items()}
+            tensors[f"{WEIGHT}{name}"] = mine.pop("")
             tensors[f"optimizer.step.{name}"] = torch.as_tensor(step, dtype=torch.float32).clone()
-            for key in MOMENTS:
-                tensors[f"optimizer.{key}.{name}"] = safe_get_full_optimizer_state(parameter, key).contiguous()
+            tensors |= {f"optimizer.{key}.{name}": tensor for key, tensor in mine.items()}
         return tensors
 
     def load_optimizer(self, tensors: dict[str, torch.Tensor], parameters: Parameters, step: int) -> None:
@@ -147,13 +163,31 @@ class ZeroParallel:
 
         count = next(value for key, value in tensors.items() if key.startswith("optimizer.step."))
         self._make_states(count)
-        for name, parameter in parameters.items():
-            for key in MOMENTS:
-                safe_set_full_optimizer_state(parameter, tensors[f"optimizer.{key}.{name}"].to(self.device), key)
+        for key in MOMENTS:
+            wholes: dict[torch.nn.Parameter, list[torch.Tensor]] = {}
+            for name, piece in self._pieces(parameters).items():
+                wholes.setdefault(piece.whole, []).append(tensors[f"optimizer.{key}.{name}"].to(self.device))
+            for whole, parts in wholes.items():
+                full = parts[0] if self._direct is None else torch.cat([part.flatten() for part in parts])
+                safe_set_full_optimizer_state(whole, full, key)
         if self._scale is not None:
             self._scale.load(tensors)
         if self.own_schedule:
             self.module.lr_scheduler.step(step - 1)
+
+    def _pieces(self, parameters: Parameters) -> dict[str, Piece]:
+        """Where each parameter lies in what DeepSpeed knows, in the order of their places there."""
+        if self._direct is None:
+            return {name: Piece(parameter, None, parameter.shape) for name, parameter in parameters.items()}
+        found, at = {}, {name: int(parameter.storage_offset()) for name, parameter in parameters.items()}
+        wholes, start = list(self._wholes), 0
+        for name in sorted(at, key=lambda name: at[name]):
+            parameter = parameters[name]
+            if at[name] >= start + wholes[0].numel():
+                start += wholes.pop(0).numel()
+            place = slice(at[name] - start, at[name] - start + parameter.numel())
+            found[name] = Piece(wholes[0], place, parameter.shape)
+        return found
 
     def _flat_partitions(self) -> list[torch.Tensor]:
         zero = self.module.optimizer

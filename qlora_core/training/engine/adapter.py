@@ -43,13 +43,13 @@ class FlatAdapter:
         self.values = torch.empty(size, device=device, dtype=torch.float32)
         self.grads = torch.zeros(size, device=device, dtype=torch.float32)
         self._compute = torch.empty(size, device=device, dtype=dtype)
-        self._parameters, self._values = parameters, []
+        self._parameters = parameters
+        self._flat: list[torch.nn.Parameter] = []
         views, at = [], 0
         for parameter in parameters:
             span, shape = slice(at, at + parameter.numel()), parameter.shape
             self.values[span].view(shape).copy_(parameter.data)
             parameter.data, parameter.grad = self.values[span].view(shape), self.grads[span].view(shape)
-            self._values.append(parameter.data)
             views.append((self._compute[span].view(shape), self.grads[span].view(shape)))
             at += parameter.numel()
         self.pairs = {
@@ -58,15 +58,35 @@ class FlatAdapter:
         }
         self.refresh()
 
+    @property
+    def _parts(self) -> tuple[slice, slice]:
+        """Where the first and where the second matrices lie."""
+        return slice(0, self._border), slice(self._border, None)
+
+    def flat_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """All first and all second matrices as one parameter each, which from now on are trained in place of the many.
+
+        For who hooks into every single parameter: hundreds of hooks cost more than what they do.
+        """
+        self._flat = [torch.nn.Parameter(self.values[part]) for part in self._parts]
+        for parameter, part in zip(self._flat, self._parts, strict=True):
+            parameter.grad = self.grads[part]
+        for parameter in self._parameters:
+            parameter.requires_grad_(False).grad = None
+        return dict(zip(("adapter.lora_A.all", "adapter.lora_B.all"), self._flat, strict=True))
+
     def refresh(self) -> None:
         """Bring the copy to compute with up to date; after every change of the parameters.
 
-        Who divides optimizer state among processes moves parameters into memory of its own; they are copied from there.
+        Who divides optimizer state among processes moves flat parameters into memory of its own; they are copied from
+        there.
         """
-        if self._parameters[0].data_ptr() != self.values.data_ptr():
-            torch._foreach_copy_(self._values, [parameter.detach() for parameter in self._parameters])
-        self._compute[: self._border].copy_(self.values[: self._border])
-        torch.mul(self.values[self._border :], self.scale, out=self._compute[self._border :])
+        if self._flat and self._flat[0].data_ptr() != self.values.data_ptr():
+            for parameter, part in zip(self._flat, self._parts, strict=True):
+                self.values[part].copy_(parameter.detach())
+        first, second = self._parts
+        self._compute[first].copy_(self.values[first])
+        torch.mul(self.values[second], self.scale, out=self._compute[second])
 
     def _pair(
         self, layer: LoraLayer, a: tuple[torch.Tensor, torch.Tensor], b: tuple[torch.Tensor, torch.Tensor], number: int

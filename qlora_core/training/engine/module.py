@@ -13,6 +13,7 @@ from qlora_core.modeling.rows import TokenRow
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.graphs import Replayed
 from qlora_core.training.engine.pack import SMALLEST_PACK_TOKENS, Pack, pack_rows
+from qlora_core.training.optimizer import Parameters
 from qlora_core.training.plan import packed_micro_batches
 
 
@@ -63,6 +64,13 @@ class FusedLoss(torch.nn.Module):
     def refresh(self) -> None:
         """Take over the parameters after an optimizer has changed them."""
         self.engine.refresh()
+
+    def flat_parameters(self) -> Parameters:
+        """The adapter as two parameters, which from now on are trained in place of its own."""
+        flat = self.engine.adapter.flat_parameters()
+        for name, parameter in flat.items():
+            self.register_parameter(name.replace(".", "_"), parameter)
+        return flat
 
     def loss_and_grads(self, pack: Pack) -> torch.Tensor:
         """Sum of losses, 0-d, fp32; its gradient is added to every `parameter.grad`."""
