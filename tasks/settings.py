@@ -89,4 +89,6 @@ class Settings(BaseSettings):
 def without_secrets(uri: str) -> str:
     """The address without the name and password that it may hold."""
     parts = urlsplit(uri)
+    if "@" not in parts.netloc:  # put together again, a path of four slashes would have two
+        return uri
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

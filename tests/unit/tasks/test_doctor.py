@@ -91,4 +91,5 @@ def test_a_database_behind_its_program_is_named_with_the_command(tmp_path, monke
     (found,) = databases.examine(Settings(home=tmp_path))
     assert found.status == "fail"
     assert "is at a revision of last year, and what is installed here wants" in found.found
+    assert f"{scheme}:///{path} " in found.found
     assert found.do.startswith(do)
