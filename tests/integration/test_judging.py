@@ -27,6 +27,8 @@ from tests.integration.conftest import qlora, shell
 from tests.servers import mlflow_server
 from tests.tiny import write_recipe, write_rows
 
+pytestmark = pytest.mark.timeout(1200)  # the story is part of the first test
+
 NAME = "tiny-painter"
 STAGES = {"download", "prepare", "train", "merge", "evaluate", "register", "promote"}
 DATA = {
