@@ -16,6 +16,8 @@ from tasks.settings import Settings
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
 
+RECONCILE_S = 600
+"""A slot that a dead process holds is lost until somebody looks."""
 console = Console(highlight=False, soft_wrap=True)
 
 
@@ -67,7 +69,7 @@ def served(recipes: list[Path], cron: str | None, timezone: str) -> "list[Runner
     from flows.reconcile import reconcile
 
     care = RunnerDeployment.from_flow(
-        reconcile, name="reconcile", interval=3600, entrypoint_type=EntrypointType.MODULE_PATH
+        reconcile, name="reconcile", interval=RECONCILE_S, entrypoint_type=EntrypointType.MODULE_PATH
     )
     return [*(deployment_of(recipe, cron, timezone) for recipe in recipes), care]
 

@@ -1,23 +1,31 @@
 """A team's whole set-up with a tiny model: schedules, events, workers, S3, PostgreSQL, users. Nothing is mocked."""
 
-import json
-import random
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from string import ascii_lowercase, digits
-from typing import Any
 
 import pytest
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion
+from mlflow.server.auth.client import AuthServiceClient
 
 from tests.integration.conftest import qlora
+from tests.members import (
+    NAME,
+    assert_artifacts_are_in_s3,
+    assert_champion_is_served,
+    champion,
+    flow_runs,
+    holdings,
+    infra,
+    publish,
+    versions,
+    wipe,
+    with_token,
+    write_nonsense,
+)
 from tests.team import Team, deployments_for, team, wait_for, worker
-from tests.tiny import COLOURS, THINGS, write_recipe, write_rows
+from tests.tiny import write_recipe, write_rows
+from tests.tokens import token
 
-NAME = "tiny-painter"
 # A random base scores 5.9, this training 5.2, letters without a rule 5.7.
 GATES = [{"metric": "loss", "against": "base"}, {"metric": "loss", "threshold": 5.4}]
 
@@ -35,42 +43,6 @@ def as_a_member(us: Team, monkeypatch: pytest.MonkeyPatch) -> None:
     """The clients of these tests ask the servers as a member does."""
     for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, us.environment[name])
-
-
-def versions(us: Team) -> list[ModelVersion]:
-    """Judged ones, oldest first."""
-    found = MlflowClient(us.mlflow_url).search_model_versions(f"name = '{NAME}'")
-    return sorted((v for v in found if "qlora.verdict" in v.tags), key=lambda v: int(v.version))
-
-
-def champion(us: Team) -> str:
-    return str(MlflowClient(us.mlflow_url).get_model_version_by_alias(NAME, "champion").version)
-
-
-def flow_runs(us: Team, flow: str = "retrain-recipe") -> list[dict[str, Any]]:
-    """Finished ones, oldest first."""
-    wanted = {"flows": {"name": {"any_": [flow]}}, "flow_runs": {"state": {"type": {"any_": ["COMPLETED"]}}}}
-    return list(us.ask("/flow_runs/filter", **wanted, sort="START_TIME_ASC"))
-
-
-def publish(us: Team, recipe: Path) -> int:
-    """Publish by the command; how many runs had ended before."""
-    before = len(flow_runs(us))
-    said = qlora("data", "publish", recipe, environment=us.environment)
-    assert said.returncode == 0, said.stderr
-    assert "published" in said.stdout
-    return before
-
-
-def write_nonsense(path: Path) -> None:
-    """The same questions, answered with letters from which nothing can be learnt."""
-    dice = random.Random(3)
-    rows = [
-        {"instruction": f"Paint the {thing} {colour}.", "output": "".join(dice.choices(ascii_lowercase + digits, k=24))}
-        for colour in COLOURS
-        for thing in THINGS
-    ]
-    path.write_text(json.dumps(rows))
 
 
 @pytest.mark.slow
@@ -109,42 +81,76 @@ def test_a_schedule_retrains_then_events_do_and_worse_data_changes_no_champion(u
         assert len(versions(us)) == 3
 
 
-def assert_artifacts_are_in_s3(us: Team, version: ModelVersion) -> None:
-    objects = us.objects()
-    assert any(key.endswith("model.safetensors") for key in objects), objects
-    assert any(key.endswith("report.html") for key in objects), objects
-    assert not list((us.folder / "home").glob("mlflow/artifacts/*"))
-    import psycopg
-
-    with psycopg.connect(us.database.replace("+psycopg", "") + "/mlflow") as connection:
-        (count,) = connection.execute("SELECT count(*) FROM model_versions WHERE name = %s", (NAME,)).fetchone()
-    assert count == int(version.version)
-
-
-def assert_champion_is_served(us: Team) -> None:
-    """Loaded through the server, in a process that knows nothing of this project and has no key for S3."""
-    program = (
-        "import mlflow, sys; chat = mlflow.transformers.load_model(sys.argv[1]); "
-        "print(chat([{'role': 'user', 'content': 'Paint the cup red.'}], max_new_tokens=12)[0]['generated_text'][-1])"
-    )
-    command = [sys.executable, "-I", "-c", program, f"models:/{NAME}@champion"]
-    answer = subprocess.run(command, capture_output=True, text=True, env=us.environment, cwd="/", timeout=120)
-    assert "'role': 'assistant'" in answer.stdout, answer.stderr[-2000:]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
         ({"MLFLOW_TRACKING_PASSWORD": "wrong"}, "does not know this user: the password is wrong"),
+        ({"MLFLOW_TRACKING_TOKEN": "expired"}, "or the token has expired"),
         ({"PREFECT_API_AUTH_STRING": "team:wrong"}, "look at PREFECT_API_AUTH_STRING"),
     ],
-    ids=["password of MLflow", "password of Prefect"],
+    ids=["password of MLflow", "token of MLflow", "password of Prefect"],
 )
 def test_whom_a_server_does_not_know_gets_one_sentence_and_changes_nothing(us: Team, tmp_path: Path, wrong, said):
+    if "MLFLOW_TRACKING_TOKEN" in wrong:
+        good, expired = (token("admin", us.secret, lifetime_s) for lifetime_s in (600, -1))
+        assert qlora("models", environment=with_token(us, good)).returncode == 0
+        wrong = with_token(us, expired)
     recipe = write_recipe(tmp_path / "recipe", name="stranger")
     refused = qlora("run", recipe, environment={**us.environment, **wrong})
     assert refused.returncode == 1
     assert said in refused.stderr
     assert "Traceback" not in refused.stderr
     assert MlflowClient(us.mlflow_url).get_experiment_by_name("stranger") is None
+
+
+@pytest.mark.slow
+def test_a_member_without_permission_for_the_model_is_told_before_any_work_and_changes_nothing(
+    us: Team, tmp_path: Path
+):
+    client, users = MlflowClient(us.mlflow_url), AuthServiceClient(us.mlflow_url)
+    experiment = client.create_experiment("guarded")
+    client.create_registered_model("guarded")
+    for verdict in ("promoted", "rejected"):
+        client.create_model_version("guarded", "s3://models/none", tags={"qlora.verdict": verdict})
+    client.set_registered_model_alias("guarded", "champion", "1")
+    users.create_user("guest", us.secret * 2)
+    users.grant_user_permission("guest", "experiment", experiment, "EDIT")
+    guest = {**us.environment, "MLFLOW_TRACKING_USERNAME": "guest"}
+
+    for command in (("run", write_recipe(tmp_path / "recipe", name="guarded")), ("promote", "guarded@2", "--force")):
+        refused = qlora(*command, environment=guest)
+        assert refused.returncode == 1
+        assert "does not let this user do that" in refused.stderr, refused.stderr
+        assert "Traceback" not in refused.stderr
+    (run,) = client.search_runs([experiment])
+    assert (run.info.status, run.data.tags["qlora.kind"]) == ("FAILED", "retrain")
+    model = client.get_registered_model("guarded")
+    assert ({name: int(at) for name, at in model.aliases.items()}, model.tags) == ({"champion": 1}, {})
+
+
+@pytest.mark.slow
+def test_a_backup_brings_everything_back_after_servers_and_store_are_gone(us: Team, tmp_path: Path):
+    """Last in this file: it ends the servers, and starts them on what was restored."""
+    client = MlflowClient(us.mlflow_url)
+    if not client.search_registered_models():
+        run = client.create_run(client.create_experiment("kept")).info.run_id
+        client.log_text(run, "kept", "kept.txt")
+        client.create_registered_model("kept")
+        client.create_model_version("kept", "s3://models/none", run)
+        client.set_registered_model_alias("kept", "champion", "1")
+    before, objects = holdings(us), us.objects()
+    backed_up = infra(us, "backup.sh", tmp_path / "backup")
+    assert backed_up.returncode == 0, backed_up.stderr
+
+    us.stop()
+    wipe(us)
+    assert us.objects() == {}
+    restored = infra(us, "restore.sh", tmp_path / "backup")
+    assert restored.returncode == 0, restored.stderr
+    us.start()
+    assert us.objects() == objects
+    assert holdings(us) == before
+    again = infra(us, "restore.sh", tmp_path / "backup")
+    assert again.returncode == 1
+    assert "restore into a new one" in again.stderr

@@ -38,7 +38,8 @@ from tests.integration.conftest import free_port, qlora
 from tests.integration.hub_server import HubServer
 from tests.integration.hub_server import running as running_hub
 from tests.servers import CHECKOUT, running
-from tests.team import BUCKET, Team, team, wait_for, worker
+from tests.team import Team, team, wait_for, worker
+from tests.team_servers import BUCKET
 from tests.tiny import write_recipe, write_rows
 
 pytestmark = pytest.mark.slow

@@ -12,7 +12,8 @@ from qlora_core.events import ignore
 from qlora_core.hub.resolve import fetch_data, resolve
 from qlora_core.recipe import S3Source
 from tests.integration.conftest import free_port
-from tests.team import BUCKET, bucket, object_store, wait_for
+from tests.team import wait_for
+from tests.team_servers import BUCKET, bucket, object_store
 
 SECRET = "a secret"
 
