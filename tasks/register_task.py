@@ -31,7 +31,8 @@ def register(
     with Stage("register", retraining) as stage:
         registry = ModelRegistry(stage.settings)
         known = registry.find(recipe.name, key)
-        if known is not None:  # judged again, perhaps against another champion
+        ended_well = stage.tracker.made_by(retraining, "register", key) is not None
+        if known is not None and ended_well:  # judged again, perhaps against another champion
             registry.tag(known, _judged(stage.settings, retraining, report))
             known = registry.version(recipe.name, known.number)
             stage.display.done(f"version {known.number} of {recipe.name}", reused=True)

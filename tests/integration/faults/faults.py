@@ -55,7 +55,7 @@ class Fault:
     heal: Callable[[Home], None] = nothing
     stages: tuple[str, ...] = STAGES
     in_child: bool = False
-    """It strikes while a child is at work."""
+    """It strikes while a child is at work, in the stages that have one."""
     needs_disk: bool = False
     """The home must be a file system of its own."""
     leaves_no_words: bool = False
@@ -132,7 +132,9 @@ FAULTS = (
     Fault("SIGKILL", kill(signal.SIGKILL), frozenset({"RUNNING"})),
     Fault("SIGKILL of the child", kill_child, frozenset({"FAILED"}), stages=CHILD_STAGES, in_child=True),
     Fault("cancelled in Prefect", cancel, frozenset({"KILLED"})),
-    Fault("out of memory", take_memory, frozenset({"FAILED", "KILLED", "RUNNING"}), leaves_no_words=True),
+    Fault(
+        "out of memory", take_memory, frozenset({"FAILED", "KILLED", "RUNNING"}), in_child=True, leaves_no_words=True
+    ),
     Fault("disk full", fill_disk, frozenset({"FAILED"}), make_room, needs_disk=True),
     Fault("read-only store", make_read_only, frozenset({"FAILED"}), make_writable, needs_disk=True),
     Fault("MLflow gone", shut("mlflow"), frozenset({"RUNNING", "FAILED"}), reopen),

@@ -28,7 +28,7 @@ FILES = {
 @contextmanager
 def start_and_hold(home: Home, stage: str, in_child: bool = False) -> Iterator[Flow]:
     """A first attempt that stands still in the midst of a stage, or of its child, until the block ends."""
-    if stage in REQUESTS and not in_child:
+    if stage in REQUESTS and not (in_child and stage in FILES):
         name, pattern = REQUESTS[stage]
         with getattr(home.world, name).stop_at(pattern) as wire:
             flow = home.start(1)
