@@ -26,6 +26,11 @@ MACHINE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.E
 LONGEST_TEXT_CHARACTERS = 300
 
 
+def shortened(text: str) -> str:
+    """What was received, as a message shows it: no more than fits in a few lines."""
+    return text if len(text) <= LONGEST_TEXT_CHARACTERS else text[:LONGEST_TEXT_CHARACTERS] + " …"
+
+
 class QloraError(Exception):
     """Base of every error that this package raises on purpose."""
 
@@ -125,5 +130,5 @@ def refusing(kind: type[QloraError], what: str) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno in MACHINE:
             raise
         said = " ".join(str(error).split())
-        said = said if len(said) <= LONGEST_TEXT_CHARACTERS else said[:LONGEST_TEXT_CHARACTERS] + " …"
+        said = shortened(said)
         raise kind(f"{what} cannot be read: {type(error).__name__}: {said}") from error

@@ -18,7 +18,7 @@ from mlflow.entities.model_registry import ModelVersion, RegisteredModel
 from mlflow.exceptions import MlflowException
 
 from qlora_core.artifacts import Record
-from qlora_core.errors import RegistryError
+from qlora_core.errors import RegistryError, shortened
 from tasks.locks import registry_lock
 from tasks.settings import Settings
 
@@ -139,7 +139,7 @@ class ModelRegistry:
         if version is None:
             aliases = self.aliases(name)
             known = f"its aliases are {', '.join(sorted(aliases))}" if aliases else f"models: {', '.join(self.names())}"
-            raise RegistryError(f"there is no {reference}; {known or 'there are no models yet'}")
+            raise RegistryError(f"there is no {shortened(reference)}; {known or 'there are no models yet'}")
         return version
 
     def example(self, version: Version) -> list[dict[str, str]]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
 
-from qlora_core.errors import RecipeError
+from qlora_core.errors import RecipeError, shortened
 from qlora_core.recipe.data import DataRecipe
 from qlora_core.recipe.judge import EvaluationRecipe, PromotionRecipe
 from qlora_core.recipe.merge import MergeRecipe
@@ -20,7 +20,6 @@ from qlora_core.recipe.train import TrainRecipe
 S = TypeVar("S", bound=Source)
 MAX_BYTES, MAX_VALUES, MAX_DEPTH = 200_000, 10_000, 100
 """Of a recipe file, of the values in it, and of brackets in brackets; a YAML reader takes minutes for more."""
-LONGEST_TEXT_CHARACTERS = 400
 
 
 class Recipe(Part):
@@ -109,14 +108,14 @@ def _count(value: Any, left: int) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= LONGEST_TEXT_CHARACTERS else text[:LONGEST_TEXT_CHARACTERS] + " …"
+    return shortened(" ".join(str(error).split()))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
     from ruamel.yaml.error import YAMLError
 
     dotted, equals, text = override.partition("=")
+    override = shortened(override)
     keys = dotted.strip().split(".")
     if not equals or not all(keys):
         raise RecipeError(f"--set {override}: write a dotted key and a value, such as `--set train.lora.rank=8`")

@@ -9,7 +9,8 @@ from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot
 from qlora_core.data.prepare import prepare
 from qlora_core.events import Event, Metrics, ignore
 from qlora_core.hub.snapshot import build
-from qlora_core.recipe import DataRecipe, LocalSource, Recipe, load_recipe
+from qlora_core.recipe import DataRecipe, Recipe, load_recipe
+from qlora_core.recipe.sources import LocalRows
 from qlora_core.training.spec import TrainSpec
 from qlora_core.training.worker import run
 from tests.quantized import quantize_like_auto_gptq
@@ -69,7 +70,7 @@ def rows_for(recipe: Recipe, folder: Path) -> tuple[DataRecipe, DataSnapshot]:
     file = made(folder / "raw") / "rows.json"
     kind = recipe.data.format if recipe.data.tool_calls is None else "auto"
     file.write_text(json.dumps([ROWS[kind](*pair) for pair in PAIRS]))
-    swapped = {"rows": (LocalSource(source="local", path=file),), "forgetting": ()}
+    swapped = {"rows": (LocalRows(source="local", path=file),), "forgetting": ()}
     if recipe.data.tool_calls is not None:  # these rows call no tools
         swapped |= {"tool_calls": None, "split": DataRecipe.model_fields["split"].default}
     files = (DataFile(name=file.name, source="tiny", bytes=file.stat().st_size),)
