@@ -334,7 +334,6 @@ def store_gc(
 def main() -> NoReturn:
     """Entry point: an expected error is one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
-    sys.unraisablehook = _end_without_memory
     try:
         app(standalone_mode=True)
     except Exception as error:
@@ -375,13 +374,6 @@ def _start():  # type: ignore[no-untyped-def]
     settings.configure_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return settings
-
-
-def _end_without_memory(failure: "sys.UnraisableHookArgs") -> None:
-    """A thread that finds no memory to start with is waited for by Python for ever; better to end, and go on later."""
-    sys.__unraisablehook__(failure)
-    if isinstance(failure.exc_value, MemoryError):
-        os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _terminate(number: int, _: object) -> NoReturn:
