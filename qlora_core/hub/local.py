@@ -6,7 +6,7 @@ from pathlib import Path
 from qlora_core.errors import SourceError
 from qlora_core.events import Report
 from qlora_core.hub.disk import digest_of_files
-from qlora_core.hub.resolved import Files, Resolved, Role
+from qlora_core.hub.resolved import Files, Resolved, Role, require_pinned
 from qlora_core.hub.select import select_data_files, select_model_files
 from qlora_core.recipe import LocalSource
 
@@ -24,11 +24,7 @@ def resolve(source: LocalSource, role: Role, downloads: Path) -> Resolved:
         raise SourceError(f"path: {path} does not exist; {hint}. A relative path starts at the recipe's folder")
     files = _model(source) if role == "model" else _data(path)
     revision = digest_of_files(files, downloads)
-    if source.revision not in (None, revision):
-        raise SourceError(
-            f"{path} has the content {revision}, not {source.revision} as `revision` pins; look at what changed in "
-            "it, then pin the new content or bring back the old"
-        )
+    require_pinned(str(path), source.revision, revision)
     return Resolved(source=source, description=f"local {path}", revision=revision, name=path.name)
 
 

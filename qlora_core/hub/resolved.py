@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 from qlora_core.artifacts import Record
+from qlora_core.errors import SourceError
 from qlora_core.recipe import Source
 
 Files: TypeAlias = Mapping[str, Path]
@@ -13,6 +14,19 @@ Files: TypeAlias = Mapping[str, Path]
 
 Role: TypeAlias = Literal["model", "data"]
 """What a source is wanted for; hubs keep models and data sets apart, even of the same name."""
+
+
+def require_pinned(what: str, pinned: str | None, revision: str) -> None:
+    """Refuse content that is not what a recipe pins.
+
+    Raises:
+        SourceError: it is another one.
+    """
+    if pinned not in (None, revision):
+        raise SourceError(
+            f"{what} has the content {revision}, not {pinned} as `revision` pins; look at what changed in it, then pin "
+            "the new content or bring back the old"
+        )
 
 
 class Resolved(Record):

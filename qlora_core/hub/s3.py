@@ -14,7 +14,7 @@ from qlora_core.errors import SourceError, SourceUnavailableError
 from qlora_core.events import Note, Report
 from qlora_core.hub.disk import require_space
 from qlora_core.hub.network import is_offline
-from qlora_core.hub.resolved import Files, Resolved, Role
+from qlora_core.hub.resolved import Files, Resolved, Role, require_pinned
 from qlora_core.hub.select import select_data_files, select_model_files
 from qlora_core.recipe import S3Source
 from qlora_core.store import sha256_of_json
@@ -45,11 +45,7 @@ def resolve(source: S3Source, role: Role, downloads: Path) -> Resolved:
     entries = _entries(source)
     names = _selected(source, role, entries)
     revision = sha256_of_json({name: [entries[name].bytes, entries[name].tag] for name in names})
-    if source.revision not in (None, revision):
-        raise SourceError(
-            f"{source.url} has the content {revision}, not {source.revision} as `revision` pins; look at what "
-            "changed in it, then pin the new content or bring back the old"
-        )
+    require_pinned(source.url, source.revision, revision)
     return Resolved(source=source, description=f"s3 {source.url}", revision=revision, name=source.url)
 
 

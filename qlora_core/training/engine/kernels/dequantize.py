@@ -7,9 +7,10 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_core.training.engine.kernels.products import padded
+
 BLOCK_VALUES = 64
 """Values that share a scale in bitsandbytes' 4-bit formats; one tile is one such block wide."""
-SMALLEST_DOT = 16
 
 
 @triton.jit
@@ -69,10 +70,6 @@ def _dequantize_gptq(  # type: ignore[no-untyped-def]
     tl.store(out + rows[:, None].to(tl.int64) * inputs + columns[None, :], values.to(out.dtype.element_ty), mask=ok)
 
 
-def _padded(rank: int) -> int:
-    return 0 if rank == 0 else max(SMALLEST_DOT, triton.next_power_of_2(rank))
-
-
 def dequantize_4bit(
     packed: torch.Tensor,
     scales: torch.Tensor,
@@ -100,7 +97,7 @@ def dequantize_4bit(
     grid = (triton.cdiv(outputs, rows), inputs // BLOCK_VALUES)
     _dequantize_4bit[grid](
         packed, scales, nested_code, nested_scales, offset, code, out if a is None else a, out if b is None else b,
-        out, outputs, inputs, rank, nested is not None, nested_block, _padded(rank), rows, num_warps=4,
+        out, outputs, inputs, rank, nested is not None, nested_block, padded(rank), rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -133,5 +130,5 @@ def dequantize_gptq(
     rows = 64 if rank <= 64 else 32
     _dequantize_gptq[(triton.cdiv(outputs, rows), triton.cdiv(inputs, 64))](
         packed, scales, zeros, groups, out if a is None else a, out if b is None else b, out, outputs, inputs, rank,
-        bits, zero_offset, _padded(rank), rows, num_warps=4,
+        bits, zero_offset, padded(rank), rows, num_warps=4,
     )  # fmt: skip

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_core.training.engine.kernels.products import sum_into
+from qlora_core.training.engine.kernels.products import padded, sum_into
 
 COLUMNS = 1024
 TOKENS, WIDE = 64, 64
@@ -102,7 +102,7 @@ def swiglu_low(gate_up: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, to
     chunk, chunks = _split(width, WIDE, triton.cdiv(PROGRAMS, tiles))
     lows = torch.empty(chunks, tokens, rank, device=gate_up.device, dtype=torch.float32)
     _swiglu_low[(tiles, chunks)](
-        gate_up, a, out, lows, tokens, width, rank, chunk, _padded(rank), TOKENS, WIDE, num_warps=4, num_stages=3
+        gate_up, a, out, lows, tokens, width, rank, chunk, padded(rank), TOKENS, WIDE, num_warps=4, num_stages=3
     )
     sum_into(lows, low, 1.0, add=False)
     return out, low
@@ -118,7 +118,7 @@ def swiglu_backward(
     outers = torch.empty(chunks, width, rank, device=grad.device, dtype=torch.float32)
     _swiglu_backward[(tiles, chunks)](
         grad, gate_up, grad if low_grad is None else low_grad, outers, tokens, width, rank, chunk,
-        _padded(rank) if rank else 0, BACKWARD_TOKENS, BACKWARD_WIDE, num_warps=8, num_stages=3,
+        padded(rank), BACKWARD_TOKENS, BACKWARD_WIDE, num_warps=8, num_stages=3,
     )  # fmt: skip
     if grad_a is not None:
         sum_into(outers, grad_a.t(), 1.0, add=True)
@@ -128,8 +128,3 @@ def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
     """Length, in whole blocks, and number of about so many pieces."""
     chunk = triton.cdiv(triton.cdiv(length, max(1, wanted)), block) * block
     return chunk, triton.cdiv(length, chunk)
-
-
-def _padded(rank: int) -> int:
-    padded: int = max(16, triton.next_power_of_2(rank))
-    return padded

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 WIDE, TALL = 256, 64
+SMALLEST_DOT = 16
 PROGRAMS = 1056
 """Eight for each of 132 multiprocessors: how finely tokens are split."""
 
@@ -62,6 +63,11 @@ def _add_up(  # type: ignore[no-untyped-def]
     tl.store(place, total.to(out.dtype.element_ty), mask=ok)
 
 
+def padded(rank: int) -> int:
+    """A rank as the matrix units take it; 0 stays 0, for no adapter."""
+    return 0 if rank == 0 else max(SMALLEST_DOT, triton.next_power_of_2(rank))
+
+
 def sum_into(partial: torch.Tensor, out: torch.Tensor, scale: float, add: bool) -> None:
     """Sum `partial` `[parts, rows, width]` into `out` `[rows, width]`, in order."""
     parts, rows, width = partial.shape
@@ -94,7 +100,7 @@ def both_sides(
     outers = torch.empty(chunks, width, rank, device=x.device, dtype=torch.float32)
     _both_sides[(tiles, chunks)](
         x, m, u, lows, outers, tokens, width, rank, x.stride(0), m.stride(0), m.stride(1), u.stride(0), chunk,
-        max(16, triton.next_power_of_2(rank)), WIDE, TALL, num_warps=8, num_stages=3,
+        padded(rank), WIDE, TALL, num_warps=8, num_stages=3,
     )  # fmt: skip
     sum_into(lows, low, 1.0, add=False)
     sum_into(outers, grad, scale, add=True)
