@@ -16,6 +16,7 @@ from tasks.promote_task import Outcome, promote
 from tasks.register_task import register
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
+from tasks.starving import ends_when_starved
 from tasks.tracking import Retraining, Tracker
 from tasks.train_task import train
 from tasks.unchanged import settled
@@ -52,7 +53,7 @@ def candidate(recipe: Recipe, tracker: Tracker, under: str | None = None) -> Out
     """
     run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url, under=under)
     watched = ends_when_cancelled(str(flow_run.id), has_worker=bool(deployment.id))
-    with watched, tracker.final_status(run.parent_run_id):
+    with ends_when_starved(), watched, tracker.final_status(run.parent_run_id):
         ModelRegistry(tracker.settings).announce(recipe.name, run.parent_run_id)
         base, dataset, adapter = trained(run)
         merged = merge(run, base, adapter, dataset).result()

@@ -20,6 +20,8 @@ WHO = {
 }
 READ_ONLY = re.compile(r"read-?only (database|transaction)")
 """What SQLite and PostgreSQL say; a server passes it on as if the request were at fault."""
+BUSY = re.compile(r"QueuePool limit")
+"""What SQLAlchemy says in a server all of whose connections are in use; passed on as a bad request, too."""
 LONGEST_TEXT_CHARACTERS = 300
 MACHINE = {
     errno.ENOSPC: ("the disk is full", "Free some space, or move everything with QLORA_HOME"),
@@ -39,6 +41,7 @@ def explain(error: BaseException, mlflow_uri: str) -> RegistryError | None:
             error.error_code in PASSING
             or isinstance(error.__cause__ or error.__context__, SQLAlchemyError)
             or READ_ONLY.search(str(error)) is not None
+            or BUSY.search(str(error)) is not None
         )
     elif isinstance(error, SQLAlchemyError):
         passing = True

@@ -3,13 +3,16 @@
 No container runs here. What the images start as plain processes is in tests/team.py.
 """
 
+import asyncio
 import json
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -94,6 +97,24 @@ def test_files_that_services_mount_are_here():
     files = [mount.partition(":")[0] for mount in mounts if mount.startswith("./") and "/../" not in mount]
     assert len(files) == 4
     assert [name for name in files if not (INFRA / name).is_file()] == []
+
+
+def test_who_holds_the_lock_of_a_model_outlives_a_restart_of_prefect(tmp_path: Path):
+    """Without a lease nobody frees a slot, and a Prefect server keeps leases in memory unless it is told otherwise."""
+    service = compose()["services"]["prefect"]
+    settings = service["environment"]
+    (volume,) = service["volumes"]
+    assert volume == f"prefect:{settings['PREFECT_HOME']}"
+    assert f"{settings['PREFECT_HOME']}\n" in (INFRA / "Dockerfile").read_text(), "the image makes it for its user"
+    pod = documents(KUBERNETES / "prefect.yaml")[0]["spec"]["template"]["spec"]["containers"][0]
+    given = {variable["name"]: variable["value"] for variable in pod["env"]}
+    for name in ("PREFECT_HOME", "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"):
+        assert given[name] == settings[name]
+    storage = import_module(settings["PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE"]).ConcurrencyLeaseStorage
+    limit = uuid4()
+    made = asyncio.run(storage(tmp_path).create_lease([limit], timedelta(seconds=-1)))
+    assert asyncio.run(storage(tmp_path).read_expired_lease_ids()) == [made.id]
+    assert asyncio.run(storage(tmp_path).read_lease(made.id)).resource_ids == [limit]
 
 
 def test_the_proxy_accepts_its_file():
