@@ -69,6 +69,11 @@ class FastBpe:
         fast = cls(engine, _widths(spec), spec["normalizer"] is not None)
         return fast if fast._agrees_with(tokenizer, [token["content"] for token in spec["added_tokens"]]) else None
 
+    @property
+    def definition(self) -> tuple[bytes, NDArray[np.int32], bool]:
+        """What another process makes it from."""
+        return self._engine.to_bytes(), self._widths, self._needs_nfc
+
     def encode(self, texts: Sequence[str]) -> Encoded:
         """Ids and places; added tokens in the texts become their ids."""
         made = self._engine.encode_all(list(texts), True)

@@ -1,11 +1,12 @@
 """Texts and character spans to token ids and loss masks, in one tokenization of the whole text."""
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qlora_core.data.apart import Apart
 from qlora_core.data.fast_bpe import Encoded, FastBpe
 from qlora_core.data.template import Rendered
 
@@ -27,7 +28,7 @@ class UnequalIdsError(Exception):
 
 
 class RowTokenizer:
-    """Tokenizes rendered rows, with a faster tokenizer where its ids are the same.
+    """Tokenizes rendered rows, with a faster tokenizer where its ids are the same. Close it, or use `with`.
 
     Args:
         tokenizer: the reference.
@@ -38,7 +39,19 @@ class RowTokenizer:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
         self._reference = tokenizer
-        self._fast = FastBpe.like(tokenizer) if fast else None
+        twin = FastBpe.like(tokenizer) if fast else None
+        self._fast = Apart(twin) if twin else None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End what was started for many rows."""
+        if self._fast is not None:
+            self._fast.close()
 
     @property
     def is_fast(self) -> bool:
