@@ -1,9 +1,10 @@
 """How long `qlora rollback` takes, from the command to the end of its process, beside the bare import of MLflow.
 
-    python tests/bench/rollback.py [--uri http://127.0.0.1:5000] [--repeats 5]
+    python tests/bench/rollback.py [--team] [--repeats 5]
 
-Without an address: an embedded registry in a new home. The result, one JSON line, is printed and appended to
-tests/bench/results/rollback.jsonl.
+With `--team`, against servers as a team has them: MLflow with users and Prefect, both on PostgreSQL, the lock a
+concurrency limit of Prefect. Without: an embedded registry in a new home. The result, one JSON line, is printed and
+appended to tests/bench/results/rollback.jsonl.
 """
 
 import argparse
@@ -15,9 +16,14 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from statistics import median
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
 
 RESULTS = Path(__file__).parent / "results" / "rollback.jsonl"
 MODEL = "rolled-back"
@@ -26,9 +32,8 @@ MODEL = "rolled-back"
 def main() -> None:
     """Make two champions, roll back again and again, write the result."""
     arguments = _arguments()
-    with tempfile.TemporaryDirectory() as home:
+    with tempfile.TemporaryDirectory(dir="/tmp") as home, _servers(Path(home), arguments.team) as where:
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PREFECT_", "MLFLOW_"))}
-        where = {"MLFLOW_TRACKING_URI": arguments.uri} if arguments.uri else {}
         environment = {**kept, "QLORA_HOME": home, **where}
         os.environ.clear()
         os.environ.update(environment)
@@ -37,10 +42,12 @@ def main() -> None:
         rollbacks = [_timed(["-m", "flows.cli", "rollback", MODEL], environment) for _ in range(arguments.repeats)]
     result = {
         "bench": "rollback",
-        "registry": "MLflow server" if arguments.uri else "sqlite",
+        "registry": "MLflow and Prefect servers on PostgreSQL" if arguments.team else "sqlite",
         "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
         "load_average": round(os.getloadavg()[0], 1),
+        "date": datetime.now(UTC).date().isoformat(),
         "mlflow": version("mlflow"),
+        "prefect": version("prefect"),
         "wall_s": [round(wall, 2) for wall, _ in rollbacks],
         "cpu_s": round(median(cpu for _, cpu in rollbacks), 2),
         "import_mlflow_cpu_s": round(median(cpu for _, cpu in imports), 2),
@@ -50,6 +57,18 @@ def main() -> None:
     print(line)
     with RESULTS.open("a") as file:
         file.write(line + "\n")
+
+
+@contextmanager
+def _servers(folder: Path, wanted: bool) -> Iterator[dict[str, str]]:
+    """What a member's shell holds to reach a team's servers, which run meanwhile; nothing if none are wanted."""
+    if not wanted:
+        yield {}
+        return
+    from tests.team import team
+
+    with team(folder) as us:
+        yield {name: value for name, value in us.environment.items() if name.startswith(("PREFECT_", "MLFLOW_"))}
 
 
 def _make_two_champions() -> None:
@@ -78,7 +97,7 @@ def _timed(arguments: list[str], environment: dict[str, str]) -> tuple[float, fl
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="qlora rollback, beside the import of MLflow")
-    parser.add_argument("--uri", help="an MLflow server; embedded when left out")
+    parser.add_argument("--team", action="store_true", help="against servers as a team has them")
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
 
