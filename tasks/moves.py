@@ -65,16 +65,15 @@ def promote(
         RegistryError: there is no such version.
     """
     with registry_lock(registry.settings, name):
-        settle(registry, name)
-        version, current = registry.version(name, number), registry.at_alias(name, CHAMPION)
-        if current is not None and current.number == number:
+        model, version = _settled(registry, name), registry.version(name, number)
+        if model.aliases.get(CHAMPION) == number:
             return
+        current = registry.version(name, model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
         if (current.tags.get("qlora.model_digest") if current else None) != compared_with:
             raise ChampionChangedError(_lost(version, compared_with, current))
-        before = _settled(registry.aliases(name))
         after = {CHAMPION: number} | ({PREVIOUS: current.number} if current else {})
         tags = {number: {"qlora.verdict": PROMOTED, "qlora.reason": reason, **signed("promoted", author)}}
-        _begin(registry, name, Move(kind="promotion", before=before, after=after, tags=tags))
+        _begin(registry, model, Move(kind="promotion", before=_moved(model), after=after, tags=tags))
 
 
 def rollback(registry: ModelRegistry, name: str, author: Author) -> tuple[int, int]:
@@ -84,8 +83,8 @@ def rollback(registry: ModelRegistry, name: str, author: Author) -> tuple[int, i
         RegistryError: there is no earlier champion.
     """
     with registry_lock(registry.settings, name):
-        settle(registry, name)
-        aliases = registry.aliases(name)
+        model = _settled(registry, name)
+        aliases = model.aliases
         if CHAMPION not in aliases or PREVIOUS not in aliases:
             raise RegistryError(f"{name} has no earlier champion; its aliases are {aliases or 'none'}")
         old, new = aliases[CHAMPION], aliases[PREVIOUS]
@@ -94,30 +93,15 @@ def rollback(registry: ModelRegistry, name: str, author: Author) -> tuple[int, i
             new: {"qlora.verdict": PROMOTED, **signed("restored", author)},
         }
         after = {CHAMPION: new, PREVIOUS: old}
-        _begin(registry, name, Move(kind="rollback", before=_settled(aliases), after=after, tags=tags))
+        _begin(registry, model, Move(kind="rollback", before=_moved(model), after=after, tags=tags))
         return old, new
 
 
 def repair(registry: ModelRegistry, name: str) -> str | None:
     """Finish or take back the move that a crash has left; says what was done, None if there was nothing to do."""
     with registry_lock(registry.settings, name):
-        return settle(registry, name)
-
-
-def settle(registry: ModelRegistry, name: str) -> str | None:
-    """The same, for callers that hold the lock."""
-    found = registry.model_tags(name).get(MOVE)
-    if found is None:
-        return None
-    move = Move.model_validate_json(found)
-    gone = [number for number in move.after.values() if registry.find_version(name, number) is None]
-    if gone:
-        _point(registry, name, {alias: at for alias, at in move.before.items() if registry.find_version(name, at)})
-        registry.client.delete_registered_model_tag(name, MOVE)
-        missing = " and ".join(map(str, gone))
-        return f"{name}: the {move.kind} that was cut short was taken back, version {missing} is gone"
-    _carry_out(registry, name, move)
-    return f"{name}: the {move.kind} that was cut short is done, version {move.after[CHAMPION]} is champion"
+        model = registry.model(name)
+        return _end(registry, model) if model is not None else None
 
 
 def edits_by_hand(registry: ModelRegistry, name: str) -> list[str]:
@@ -140,34 +124,64 @@ def me(why: str) -> Author:
     return Author(who=f"{getpass.getuser()}@{socket.gethostname()}", why=why)
 
 
-def _begin(registry: ModelRegistry, name: str, move: Move) -> None:
-    registry.client.set_registered_model_tag(name, MOVE, move.model_dump_json())
-    _carry_out(registry, name, move)
+def _settled(registry: ModelRegistry, name: str) -> Model:
+    """The model as it is once no move is open; the caller holds the lock, so that it stays so.
+
+    One look instead of many: every request to a server costs some 20 ms, and a promotion is to be over at once.
+
+    Raises:
+        RegistryError: there is no such model.
+    """
+    model = registry.model(name)
+    if model is not None and _end(registry, model) is not None:
+        model = registry.model(name)
+    if model is None:
+        raise RegistryError(f"there is no model {name}; models: {', '.join(registry.names()) or 'none yet'}")
+    return model
 
 
-def _carry_out(registry: ModelRegistry, name: str, move: Move) -> None:
-    client, champion = registry.client, move.after[CHAMPION]
-    _point(registry, name, move.after)
-    if registry.aliases(name).get(CHALLENGER) == champion:
+def _end(registry: ModelRegistry, model: Model) -> str | None:
+    """Finish or take back the move that a crash has left on a model; says what was done, None if there is no move."""
+    if MOVE not in model.tags:
+        return None
+    name, move = model.name, Move.model_validate_json(model.tags[MOVE])
+    gone = [number for number in move.after.values() if registry.find_version(name, number) is None]
+    if gone:
+        _point(registry, model, {alias: at for alias, at in move.before.items() if registry.find_version(name, at)})
+        registry.client.delete_registered_model_tag(name, MOVE)
+        missing = " and ".join(map(str, gone))
+        return f"{name}: the {move.kind} that was cut short was taken back, version {missing} is gone"
+    _carry_out(registry, model, move)
+    return f"{name}: the {move.kind} that was cut short is done, version {move.after[CHAMPION]} is champion"
+
+
+def _begin(registry: ModelRegistry, model: Model, move: Move) -> None:
+    registry.client.set_registered_model_tag(model.name, MOVE, move.model_dump_json())
+    _carry_out(registry, model, move)
+
+
+def _carry_out(registry: ModelRegistry, model: Model, move: Move) -> None:
+    client, name, champion = registry.client, model.name, move.after[CHAMPION]
+    _point(registry, model, move.after)
+    if model.aliases.get(CHALLENGER) == champion:
         client.delete_registered_model_alias(name, CHALLENGER)
     for number, tags in move.tags.items():
-        version = registry.version(name, number)
-        registry.tag(version, tags)
-        reason = tags.get("qlora.reason") or version.tags.get("qlora.reason", "")
+        for key, value in tags.items():
+            client.set_model_version_tag(name, str(number), key, value)
+        reason = tags.get("qlora.reason") or registry.version(name, number).tags.get("qlora.reason", "")
         client.update_model_version(name, str(number), description=f"{tags['qlora.verdict']}: {reason}")
     client.set_registered_model_tag(name, LEFT, json.dumps(move.after, sort_keys=True))
     client.delete_registered_model_tag(name, MOVE)
 
 
-def _point(registry: ModelRegistry, name: str, aliases: Mapping[str, int]) -> None:
+def _point(registry: ModelRegistry, model: Model, aliases: Mapping[str, int]) -> None:
     """`previous` first: a crash in between leaves the old champion serving."""
-    now = registry.aliases(name)
     for alias in (PREVIOUS, CHAMPION):
         wanted = aliases.get(alias)
-        if wanted is not None and now.get(alias) != wanted:
-            registry.client.set_registered_model_alias(name, alias, str(wanted))
-        elif wanted is None and alias in now:
-            registry.client.delete_registered_model_alias(name, alias)
+        if wanted is not None and model.aliases.get(alias) != wanted:
+            registry.client.set_registered_model_alias(model.name, alias, str(wanted))
+        elif wanted is None and alias in model.aliases:
+            registry.client.delete_registered_model_alias(model.name, alias)
 
 
 def _edit(registry: ModelRegistry, name: str, alias: str, left: int | None, now: int | None) -> str | None:
@@ -179,8 +193,9 @@ def _edit(registry: ModelRegistry, name: str, alias: str, left: int | None, now:
     return f"{name}: {alias} was set by hand to {'nothing' if now is None else f'version {now}'} (it was {was})"
 
 
-def _settled(aliases: Mapping[str, int]) -> Aliases:
-    return {alias: aliases[alias] for alias in (CHAMPION, PREVIOUS) if alias in aliases}
+def _moved(model: Model) -> Aliases:
+    """Those aliases that moves change."""
+    return {alias: model.aliases[alias] for alias in (CHAMPION, PREVIOUS) if alias in model.aliases}
 
 
 def signed(what: str, author: Author) -> dict[str, str]:

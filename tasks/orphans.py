@@ -1,5 +1,6 @@
 """End what crashed runs left open in MLflow and Prefect; safe beside live flows, which are known by their process."""
 
+import re
 from contextlib import suppress
 from uuid import UUID
 
@@ -23,8 +24,8 @@ AWAY = "it ended well while this server was away"
 INIT_PID = 1
 """Who inherits a process whose parent has died."""
 SERVER = "prefect.server.api.server:create_app"
-AGAIN = ", again"
-"""What is added to the name of a run that goes on where another one was killed."""
+AGAIN = re.compile(r"restart (\d+)")
+"""Tag of a run that goes on where another one was killed. Its name would not do: flows name their runs themselves."""
 MOST_RESTARTS = 3
 """What has been killed so often will be killed again, out of memory perhaps: a person has to look."""
 
@@ -110,10 +111,11 @@ def _crash(flow_run_id: str) -> None:
             client.set_flow_run_state(flow_run.id, Crashed(message=GONE), force=True)
         elif not flow_run.state.is_crashed():  # failed or cancelled: somebody has to look, or did not want it
             return
-        if flow_run.deployment_id is not None and flow_run.name.count(AGAIN) < MOST_RESTARTS:
+        restarts = max((int(found[1]) for found in map(AGAIN.fullmatch, flow_run.tags) if found), default=0)
+        if flow_run.deployment_id is not None and restarts < MOST_RESTARTS:
             client.create_flow_run_from_deployment(
                 flow_run.deployment_id,
                 parameters=flow_run.parameters,
-                name=flow_run.name + AGAIN,
+                tags=[*(tag for tag in flow_run.tags if not AGAIN.fullmatch(tag)), f"restart {restarts + 1}"],
                 idempotency_key=f"again {flow_run.id}",
             )

@@ -61,12 +61,25 @@ class Model(Record):
     tags: dict[str, str]
 
 
+class RegistryClient(MlflowClient):
+    """MLflow's own, which asks before every write whether the name is that of a prompt; this one asks once a name."""
+
+    def __init__(self, uri: str) -> None:
+        super().__init__(uri)
+        self._models = set[str]()
+
+    def _raise_if_prompt(self, name: str) -> None:
+        if name not in self._models:
+            super()._raise_if_prompt(name)
+            self._models.add(name)
+
+
 class ModelRegistry:
     """The registry of one MLflow server, or of the embedded database."""
 
     def __init__(self, settings: Settings, client: MlflowClient | None = None) -> None:
         self.settings = settings
-        self.client = client or MlflowClient(settings.mlflow_uri)
+        self.client = client or RegistryClient(settings.mlflow_uri)
 
     def models(self, filter_string: str | None = None) -> list[Model]:
         """All registered models, or those that a filter finds, by name; one request for a thousand of them."""
@@ -92,8 +105,16 @@ class ModelRegistry:
         """The versions of a model, newest first, or only so many of them; none when the model does not exist."""
         return self.search(f"name = '{name}'", newest)
 
-    def search(self, filter_string: str | None = None, newest: int | None = None) -> list[Version]:
-        """The versions that a filter finds, of each model the newest first, or only so many of the newest of all."""
+    def search(
+        self, filter_string: str | None = None, newest: int | None = None, models: list[Model] | None = None
+    ) -> list[Version]:
+        """The versions that a filter finds, of each model the newest first, or only so many of the newest of all.
+
+        Args:
+            filter_string: in MLflow's language.
+            newest: how many.
+            models: what `models` said just now; with hundreds of them asking again takes longer than the rest.
+        """
         found: list[ModelVersion] = []
         token: str | None = None
         order = ["version_number DESC"] if newest is None else ["creation_timestamp DESC"]
@@ -103,11 +124,14 @@ class ModelRegistry:
             token = page.token
             if not token:
                 break
-        names = {version.name for version in found}
-        models = [self.model(names.pop())] if len(names) == 1 else self.models() if names else []
-        aliases = {model.name: model.aliases for model in models if model is not None}
+        aliases = {model.name: model.aliases for model in models or self._models_of(found)}
         made = [_version(version, aliases.get(version.name, {})) for version in found]
         return sorted(made, key=lambda version: (version.name, -version.number))
+
+    def _models_of(self, versions: list[ModelVersion]) -> list[Model]:
+        """The models of some versions, by one request."""
+        names = {version.name for version in versions}
+        return self.models(f"name = '{names.pop()}'" if len(names) == 1 else None) if names else []
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias to version number; empty when the model does not exist."""
@@ -124,7 +148,7 @@ class ModelRegistry:
         aliases = self.aliases(name)
         if alias not in aliases:
             return None
-        return _version(self.client.get_model_version(name, str(aliases[alias])), aliases)
+        return self.find_version(name, aliases[alias])
 
     def resolve(self, reference: str) -> Version:
         """The version that `MODEL@ALIAS` or `MODEL@NUMBER` means; `MODEL` alone is its champion.
@@ -189,7 +213,8 @@ class ModelRegistry:
     def find_version(self, name: str, number: int) -> Version | None:
         """One version, or None."""
         try:
-            return _version(self.client.get_model_version(name, str(number)), self.aliases(name))
+            found = self.client.get_model_version(name, str(number))
+            return _version(found, dict.fromkeys(found.aliases, number))
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None

@@ -6,6 +6,8 @@ import random
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from string import ascii_lowercase, digits
 from typing import Any
@@ -84,6 +86,12 @@ def assert_champion_is_served(us: Team) -> None:
     assert "'role': 'assistant'" in answer.stdout, answer.stderr[-2000:]
 
 
+def deploy(us: Team, recipe: Path) -> None:
+    """Deploy by the command, to the pool `gpu`."""
+    said = qlora("deploy", recipe, environment=us.environment)
+    assert said.returncode == 0, said.stderr
+
+
 def start(us: Team, deployment: str) -> str:
     """Start a run of a deployment now; its id."""
     found = us.ask("/deployments/filter", deployments={"name": {"any_": [deployment]}})
@@ -102,11 +110,6 @@ def kill_with_all_it_started(worker: "subprocess.Popen[bytes]") -> None:
         victim.kill()
 
 
-def in_pool(us: Team, pool: str) -> list[dict[str, Any]]:
-    """Finished runs of one work pool."""
-    return [run for run in flow_runs(us) if run["work_pool_name"] == pool]
-
-
 def change(recipe: Path, section: str, **values: object) -> None:
     """Set keys of a recipe's section."""
     content = json.loads(recipe.read_text())
@@ -118,6 +121,28 @@ def log_of(us: Team, runs: list[dict[str, Any]]) -> str:
     """What flow runs and their tasks wrote to Prefect's log."""
     lines = us.ask("/logs/filter", logs={"flow_run_id": {"any_": [run["id"] for run in runs]}})
     return "\n".join(line["message"] for line in lines)
+
+
+def logged_steps(us: Team, name: str) -> int:
+    """How many steps of the one training of an experiment MLflow has seen; 0 before it has begun."""
+    client = MlflowClient(us.mlflow_url)
+    experiment = client.get_experiment_by_name(name)
+    runs = client.search_runs([experiment.experiment_id], "tags.`qlora.stage` = 'train'") if experiment else []
+    return len(client.get_metric_history(runs[0].info.run_id, "loss")) if runs else 0
+
+
+@contextmanager
+def lost_flows_ended(us: Team, silence_s: int) -> Iterator[None]:
+    """The shipped automation, which need not wait ten minutes here."""
+    text = (CHECKOUT / "deployments" / "lost-flows.yaml").read_text()
+    assert "within: 600" in text
+    shortened = us.folder / "lost-flows.yaml"
+    shortened.write_text(text.replace("within: 600", f"within: {silence_s}"))
+    us.prefect("automation", "create", "--from-file", str(shortened))
+    try:
+        yield
+    finally:
+        us.prefect("automation", "delete", "lost flows")
 
 
 def assert_steps_were_logged_once(us: Team, name: str, steps: int) -> None:

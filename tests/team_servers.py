@@ -102,6 +102,8 @@ def prefect_server(folder: Path, port: int, database: str, secret: str) -> Itera
         "PREFECT_SERVER_DATABASE_HOST": host,
         "PREFECT_SERVER_DATABASE_PORT": database_port,
         "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "1",
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "2",
     }
     with running(command, folder / "prefect.log", settings):
         yield f"http://127.0.0.1:{port}/api"

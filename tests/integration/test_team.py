@@ -1,5 +1,6 @@
 """A team's whole set-up with a tiny model: schedules, events, workers, S3, PostgreSQL, users. Nothing is mocked."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,11 +13,20 @@ from tests.members import (
     NAME,
     assert_artifacts_are_in_s3,
     assert_champion_is_served,
+    assert_steps_were_logged_once,
     champion,
+    change,
+    deploy,
+    flow_run,
     flow_runs,
     holdings,
     infra,
+    kill_with_all_it_started,
+    log_of,
+    logged_steps,
+    lost_flows_ended,
     publish,
+    start,
     versions,
     wipe,
     with_token,
@@ -28,6 +38,9 @@ from tests.tokens import token
 
 # A random base scores 5.9, this training 5.2, letters without a rule 5.7.
 GATES = [{"metric": "loss", "against": "base"}, {"metric": "loss", "threshold": 5.4}]
+LOSS = {"metrics": ["loss"]}
+STEPS = 300
+"""Of a training that is long enough to be killed in."""
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +92,47 @@ def test_a_schedule_retrains_then_events_do_and_worse_data_changes_no_champion(u
         before = publish(us, recipe)
         wait_for("refused candidate that is not judged again", lambda: len(flow_runs(us)) > before)
         assert len(versions(us)) == 3
+
+
+@pytest.mark.slow
+def test_the_second_of_two_flows_for_one_gpu_waits_and_starts_by_itself(us: Team, tmp_path: Path):
+    for name in ("first", "second"):
+        deploy(us, write_recipe(tmp_path / name, name=name, evaluation=LOSS))
+    with worker(us, "gpu", "only"):
+        first = start(us, "first")
+        wait_for("first flow at work", lambda: flow_run(us, first)["state_name"] == "Running")
+        second = start(us, "second")
+        wait_for("second flow that waits", lambda: flow_run(us, second)["state_name"] == "Late")
+        assert flow_run(us, first)["state_name"] == "Running"
+        wait_for("second flow that is over", lambda: flow_run(us, second)["end_time"])
+    before, after = flow_run(us, first), flow_run(us, second)
+    assert (before["state_name"], after["state_name"]) == ("Completed", "Completed")
+    assert before["end_time"] < after["start_time"]
+    assert [version.tags["qlora.verdict"] for version in versions(us, "second")] == ["promoted"]
+
+
+@pytest.mark.slow
+def test_a_training_whose_machine_is_lost_goes_on_from_its_checkpoint_on_another(us: Team, tmp_path: Path):
+    recipe = write_recipe(tmp_path / "recipe", name="lost", evaluation=LOSS)
+    change(recipe, "train", epochs=100, max_steps=STEPS)
+    deploy(us, recipe)
+    us.prefect("deploy", "--name", "reconcile", "--prefect-file", "deployments/prefect.yaml")
+    heart = {"PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30"}  # the shortest that there is
+    with lost_flows_ended(us, silence_s=45):
+        lost = start(us, "lost")
+        with worker(us, "gpu", "one", machine="one", **heart) as machine:
+            wait_for("training", lambda: logged_steps(us, "lost") >= STEPS / 10)
+            kill_with_all_it_started(machine)
+        assert logged_steps(us, "lost") < STEPS
+        with worker(us, "gpu", "two", machine="two", **heart):
+            wait_for("end of the lost flow", lambda: flow_run(us, lost)["state_name"] == "Crashed")
+            assert "no heartbeat" in flow_run(us, lost)["state"]["message"]
+            start(us, "reconcile")  # which looks every ten minutes
+            with worker(us, "care", "carer", machine="three"):
+                again = wait_for("finished flow", lambda: [r for r in flow_runs(us) if "restart 1" in r["tags"]])
+    assert int(re.findall(r"resumed after step (\d+)", log_of(us, again))[0]) > 0
+    assert_steps_were_logged_once(us, "lost", STEPS)
+    assert [version.tags["qlora.verdict"] for version in versions(us, "lost")] == ["promoted"]
 
 
 @pytest.mark.slow

@@ -6,9 +6,7 @@ import ssl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 from urllib.parse import urlsplit
 
 import httpx
@@ -17,7 +15,7 @@ import psutil
 import pytest
 from mlflow import MlflowClient
 from prefect import tags
-from prefect.blocks.notifications import CustomWebhookNotificationBlock
+from prefect.blocks.notifications import SlackWebhook
 from prefect.settings import (
     PREFECT_API_AUTH_STRING,
     PREFECT_API_SSL_CERT_FILE,
@@ -31,16 +29,21 @@ from qlora_core.errors import RecipeError
 from tasks.doctor import check, mlflow_server, prefect_server
 from tasks.notifying import notify as listen
 from tasks.occasions import Occasion
+from tasks.orphans import MOST_RESTARTS, end_orphans
 from tasks.publishing import announce, resource
 from tasks.registry import Version
 from tasks.settings import Settings
+from tasks.tracking import Tracker
 from tests.integration.conftest import free_port, qlora
 from tests.integration.hub_server import HubServer
 from tests.integration.hub_server import running as running_hub
+from tests.mailbox import mailbox
+from tests.members import deploy, start
 from tests.servers import CHECKOUT, running
 from tests.team import Team, team, wait_for, worker
 from tests.team_servers import BUCKET
 from tests.tiny import write_recipe, write_rows
+from tests.webhooks import webhook
 
 pytestmark = pytest.mark.slow
 
@@ -86,8 +89,7 @@ def failure(checks: Iterator[check.Check]) -> check.Check:
 
 
 def test_the_doctor_misses_a_worker_and_is_content_when_there_is_one(us: Team, recipe: Path):
-    deployed = qlora("deploy", recipe, environment=us.environment)
-    assert deployed.returncode == 0, deployed.stderr
+    deploy(us, recipe)
     alone = failure(prefect_server.examine())
     assert (alone.what, alone.do.partition("   ")[0]) == ("pool gpu", "prefect worker start --pool gpu --limit 1")
 
@@ -175,42 +177,6 @@ def test_through_the_proxy_both_servers_are_reached_by_tls(us: Team, tmp_path: P
             assert next(prefect_server.examine()).status == "ok"
 
 
-class Receiver(ThreadingHTTPServer):
-    """Takes what a webhook sends, and answers as it is told to."""
-
-    def __init__(self, status: int = 200) -> None:
-        super().__init__(("127.0.0.1", 0), Receives)
-        self.status, self.received = status, list[dict[str, str]]()
-
-    def heard(self, text: str) -> dict[str, str]:
-        """The message with this text in its subject, waited for."""
-        return wait_for(f"message about {text}", lambda: [m for m in self.received if text in m["subject"]], 60)[0]
-
-
-class Receives(BaseHTTPRequestHandler):
-    server: Receiver
-
-    def do_POST(self) -> None:
-        self.server.received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-        self.send_response(self.server.status)
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@contextmanager
-def webhook(name: str, status: int = 200) -> Iterator[Receiver]:
-    """A receiver, and the block of the Prefect server that sends to it."""
-    with Receiver(status) as receiver:
-        Thread(target=receiver.serve_forever, daemon=True).start()
-        message = {"subject": "{{subject}}", "body": "{{body}}"}
-        url = f"http://127.0.0.1:{receiver.server_port}"
-        CustomWebhookNotificationBlock(name=name, url=url, json_data=message).save(name, overwrite=True)
-        yield receiver
-        receiver.shutdown()
-
-
 def candidate(number: int) -> Version:
     tags = {"qlora.report": "http://mlflow/report.html"}
     return Version(name="tiny-painter", number=number, run_id="", aliases=(), tags=tags, created_ms=0)
@@ -245,6 +211,17 @@ def test_the_same_command_again_changes_what_a_block_hears(us: Team):
         assert len(chat.received) == 1
 
 
+def test_a_block_sends_mail_through_a_server_of_our_own(us: Team):
+    with mailbox() as box:
+        url = f"mailto://127.0.0.1:{box.port}?from=qlora@example.com&to=oncall@example.com&mode=insecure"
+        SlackWebhook(url=url).save("mail", overwrite=True)
+        listen("slack-webhook/mail", "tiny-painter", [Occasion.REJECTED], Settings())
+        announce(candidate(8), "rejected", "loss against the champion")
+        mail = wait_for("mail", lambda: box.received, 60)[0]
+    assert (mail["To"], mail["Subject"]) == ("oncall@example.com", "tiny-painter version 8 rejected")
+    assert "loss against the champion" in mail.get_body().get_content()
+
+
 def test_a_block_that_does_not_exist_is_answered_with_those_that_do(us: Team):
     said = qlora("notify", "slack-webhook/team", environment=us.environment)
     assert said.returncode == 1
@@ -256,6 +233,21 @@ def test_an_announcement_that_nobody_takes_ends_nothing(us: Team, caplog: pytest
     with as_member(us, PREFECT_API_URL=f"http://127.0.0.1:{free_port()}/api"):
         announce(candidate(7), "promoted", "")
     assert "nobody was told" in caplog.text
+
+
+def test_what_is_killed_again_and_again_is_left_to_a_person(us: Team, recipe: Path):
+    deploy(us, recipe)
+    tracker, killed = Tracker(Settings()), [start(us, "tiny-painter")]
+    experiment = tracker.experiment("killed")
+    for restart in range(1, MOST_RESTARTS + 2):
+        us.ask(f"/flow_runs/{killed[-1]}/set_state", state={"type": "CRASHED"}, force=True)
+        tags = {"qlora.kind": "retrain", "qlora.owner": "elsewhere:1:1.00", "prefect.flow_run_id": killed[-1]}
+        run = tracker.client.create_run(experiment, tags=tags)
+        assert end_orphans(tracker) == [run.info.run_id]
+        assert tracker.client.get_run(run.info.run_id).info.status == "KILLED"
+        wanted = {"tags": {"all_": [f"restart {restart}", "retrain"]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
+        killed += [found["id"] for found in us.ask("/flow_runs/filter", flow_runs=wanted)]
+    assert len(killed) == 1 + MOST_RESTARTS
 
 
 def put_rows(place: str, content: bytes, us: Team, hub: HubServer, folder: Path) -> dict[str, str]:
@@ -323,10 +315,13 @@ def test_a_sweep_trains_each_trial_once_and_takes_the_best_to_its_gates(us: Team
     assert "trials.png" in {file.path for file in client.list_artifacts(parent.info.run_id)}
 
 
-def test_a_sweep_goes_on_after_a_failed_trial_and_fails_when_all_have(us: Team, tmp_path: Path):
+def test_a_sweep_goes_on_after_a_failed_trial_and_fails_when_all_have_and_again_in_the_same_runs(
+    us: Team, tmp_path: Path
+):
     hopeless = write_recipe(tmp_path, name="hopeless", model={"source": "local", "path": "missing"})
-    with pytest.raises(RecipeError, match=r"no trial of 2 came to an end; the first said: .*missing does not exist"):
-        sweep(hopeless, grid=("train.lora.rank=4,8",))
+    for _ in range(2):
+        with pytest.raises(RecipeError, match=r"no trial of 2 came to an end; the first said: .*missing does not"):
+            sweep(hopeless, grid=("train.lora.rank=4,8",))
     client = MlflowClient(us.mlflow_url)
     runs = client.search_runs([client.get_experiment_by_name("hopeless").experiment_id])
     ends = sorted((run.data.tags["qlora.kind"], run.info.status) for run in runs if "qlora.stage" not in run.data.tags)
