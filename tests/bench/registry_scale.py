@@ -52,8 +52,8 @@ def main() -> None:
         write(measure(us, recipe, 1), arguments.results)
         began = time.perf_counter()
         fill(us.database.replace("+psycopg", "") + "/mlflow", NAME, arguments.versions)
-        print(f"filled in {time.perf_counter() - began:.0f} s", file=sys.stderr)
-        write(measure(us, recipe, arguments.versions), arguments.results)
+        filled_s = round(time.perf_counter() - began)
+        write(measure(us, recipe, arguments.versions) | {"filled_in_s": filled_s}, arguments.results)
 
 
 def write(row: dict[str, Any], results: Path | None) -> None:
@@ -111,10 +111,12 @@ def measure(us: Team, recipe: Path, versions: int) -> dict[str, Any]:
             table: connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0]  # type: ignore[index]
             for table in COUNTED
         }
-        size = connection.execute("SELECT pg_database_size('mlflow')").fetchone()
+        (size,) = connection.execute("SELECT pg_database_size('mlflow')").fetchone()  # type: ignore[misc]
+        (points,) = connection.execute("SELECT pg_total_relation_size('metrics')").fetchone()  # type: ignore[misc]
     return {
         "rows": counts,
-        "database_mb": round(size[0] / 1e6),  # type: ignore[index]
+        "database_mb": round(size / 1e6),
+        "metrics_mb": round(points / 1e6),
         "seconds": {**seconds, **processes},
         "device": f"{os.cpu_count()} cores, all servers on them, PostgreSQL without fsync",
         "load": round(os.getloadavg()[0], 1),

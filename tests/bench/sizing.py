@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from qlora_core.artifacts import Architecture
 from qlora_core.recipe import TrainRecipe
 from qlora_core.training.memory import adapter_parameters, plan_memory
+from tests.bench.database import ANSWERS, answers, growth
 
 RESULTS = Path(__file__).with_name("results")
 GIB, HOUR_S = 2**30, 3600
@@ -272,19 +273,6 @@ def storage_table(needs: dict[str, Need]) -> str:
     return table(head, rows)
 
 
-def database_lines() -> str:
-    one, full = (row for row in measured("registry_scale.jsonl")[-2:])
-    versions = full["rows"]["model_versions"] - one["rows"]["model_versions"]
-    kb = 1e3 * (full["database_mb"] - one["database_mb"]) / versions
-    year_gb = kb * 1000 * 365 / 1e6
-    return (
-        f"- {full['rows']['runs']:,} runs, {full['rows']['model_versions']:,} versions and "
-        f"{full['rows']['metrics']:,} metric points take {full['database_mb']:,} MB: "
-        f"{kb:.0f} KB a retraining of 5 runs and 100 points.\n"
-        f"- 1,000 recipes a night: {kb:,.0f} MB a night, {year_gb:,.0f} GB a year, if all of them have new data."
-    )
-
-
 def main() -> None:
     needs = {name: need_of(name) for name in BASES}
     print("### One retraining on one H100\n\n" + needs_table(needs))
@@ -292,7 +280,9 @@ def main() -> None:
     print("\n### 1,000 recipes of 7B, by slots, all due at once\n\n" + limits_table(needs["7B"]))
     print("\n### Storage\n\n" + storage_table(needs))
     if (RESULTS / "registry_scale.jsonl").exists():
-        print("\n### Database\n\n" + database_lines())
+        one, full = measured("registry_scale.jsonl")[-2:]
+        print("\n### Database\n\n" + growth(one, full, TOKENS / STEP_TOKENS))
+        print("\n" + table(ANSWERS, answers(one, full)))
 
 
 if __name__ == "__main__":
