@@ -6,10 +6,11 @@ STAMP  := $(VENV)/.installed
 GPTQ   := .venv-gptq
 GPTQ_STAMP := $(GPTQ)/.installed
 TRITON := .triton
+TOOLS  := .tools
 
 FAULTS ?= .faults
 
-.PHONY: quickstart test test-gptq test-kernels team-test faults soak check ui clean help
+.PHONY: quickstart test test-gptq test-kernels team-test faults soak lock audit check ui clean help
 
 help:            ## what can be typed
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 14
@@ -36,8 +37,14 @@ faults: $(STAMP)  ## every stage hit by every fault, then the same command again
 	rm -rf $(FAULTS)
 	QLORA_FAULTS_RESULTS=$(abspath $(FAULTS)) $(BIN)/python -m pytest tests/integration/faults --numprocesses 2 --dist load -q
 
-soak: $(STAMP)   ## N retrainings killed at random times, after M at once: make soak N=200 M=50
-	$(BIN)/python -m tests.integration.faults.soak --count $(or $(N),200) --at-once $(or $(M),0)
+soak: $(STAMP)   ## N retrainings killed at random times, Q queued for a worker, M at once: make soak N=200 Q=50 M=50
+	$(BIN)/python -m tests.integration.faults.soak --count $(or $(N),200) --at-once $(or $(M),0) --queued $(or $(Q),0)
+
+lock: $(TOOLS)/.installed  ## what the images install, by version and hash, from pyproject.toml and constraints.txt
+	$(BIN)/python infra/lock.py $(TOOLS)/bin/uv
+
+audit: $(TOOLS)/.installed  ## known vulnerabilities of what the images install, where a list of them can be had
+	PYTHONPATH=$(TOOLS) $(BIN)/python infra/audit.py
 
 check: $(STAMP)  ## style, types, import rules
 	$(BIN)/ruff check .
@@ -46,7 +53,7 @@ check: $(STAMP)  ## style, types, import rules
 	$(BIN)/lint-imports
 
 clean:           ## remove the virtual environment and caches, keep .qlora
-	rm -rf $(VENV) $(GPTQ) $(TRITON) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(GPTQ) $(TRITON) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -64,4 +71,9 @@ $(GPTQ_STAMP): $(STAMP)
 # In a folder of its own: beside a torch for CPUs, other libraries would take it for the sign of a GPU.
 $(TRITON)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target $(TRITON) triton
+	@touch $@
+
+# Beside the environment: what these two depend on is no business of the package's own.
+$(TOOLS)/.installed: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(TOOLS) uv==0.13.9 pip-audit==2.10.1
 	@touch $@
