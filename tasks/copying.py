@@ -9,7 +9,7 @@ from mlflow.exceptions import MlflowException
 from qlora_core.errors import RegistryError
 from tasks.registry import ModelRegistry, Version
 from tasks.settings import without_secrets
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, this_process
 
 REPORT_FILES = ("report.html", "report.json", "recipe.json")
 HERE_ONLY = (
@@ -55,11 +55,13 @@ def _run(tracker: Tracker, version: Version, key: str) -> str:
     """The run that keeps the copy's files; one that was interrupted is continued."""
     experiment = tracker.experiment(version.name)
     found = tracker.search(experiment, f"tags.`qlora.kind` = 'copy' AND tags.`qlora.key` = '{key}'", 1)
+    owner = {"qlora.owner": this_process()}
     if found:
+        tracker.tag(found[0].info.run_id, owner)
         return str(found[0].info.run_id)
     name = f"copy of version {version.number}"
-    run = tracker.client.create_run(experiment, run_name=name, tags={"qlora.kind": "copy", "qlora.key": key})
-    return str(run.info.run_id)
+    tags = {"qlora.kind": "copy", "qlora.key": key, **owner}
+    return str(tracker.client.create_run(experiment, run_name=name, tags=tags).info.run_id)
 
 
 def _copy_report(source: ModelRegistry, version: Version, tracker: Tracker, run_id: str) -> None:

@@ -36,7 +36,7 @@ def end_orphans(tracker: Tracker) -> list[str]:
     A process of another machine is gone if Prefect says that its flow is over. What a deployment had started is
     started again, and goes on from its last checkpoint. Call it where a Prefect server can be reached.
     """
-    orphans = [run for run in tracker.open_runs() if _is_orphan(run)]
+    orphans = [run for run in tracker.open_runs() if _is_orphan(run) and _is_orphan_still(tracker, run)]
     for run in orphans:
         tracker.client.set_terminated(run.info.run_id, "KILLED")
     for flow_run_id in {_flow_run_id(run) for run in orphans} - {None}:
@@ -79,6 +79,12 @@ def _is_orphan(run: Run) -> bool:
         except ObjectNotFound:  # another Prefect server's
             return False
     return state is not None and state.is_final()
+
+
+def _is_orphan_still(tracker: Tracker, run: Run) -> bool:
+    """Looked at again: a list of many runs is old by the time its last one comes up, and somebody may go on with it."""
+    now = tracker.client.get_run(run.info.run_id)
+    return now.info.status == "RUNNING" and _is_orphan(now)
 
 
 def _flow_run_id(run: Run) -> str | None:

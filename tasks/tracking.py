@@ -141,8 +141,9 @@ class Tracker:
         experiment_id = self.experiment(recipe.name)
         digest = sha256_of_json([recipe, space] if space else recipe)
         tags = {"qlora.kind": kind, "qlora.recipe": digest} | ({"mlflow.parentRunId": under} if under else {})
+        # Never without an owner: whoever looks for orphans at this very moment would end it.
         run = self._unfinished(experiment_id, tags) or self.client.create_run(
-            experiment_id, run_name=f"{kind} {recipe.name}", tags=tags
+            experiment_id, run_name=f"{kind} {recipe.name}", tags={**tags, "qlora.owner": this_process()}
         )
         run_id = run.info.run_id
         what = "retraining" if kind == "retrain" else kind
@@ -182,6 +183,7 @@ class Tracker:
                 "mlflow.parentRunId": retraining.parent_run_id,
                 "qlora.kind": "stage",
                 "qlora.stage": stage,
+                "qlora.owner": this_process(),  # from the start, as in `begin`
                 "prefect.flow_run_id": retraining.flow_run_id,
             },
         )

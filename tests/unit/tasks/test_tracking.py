@@ -4,6 +4,8 @@ import pytest
 
 from qlora_core.events import Metrics
 from qlora_core.recipe import Recipe
+from tasks import orphans
+from tasks.orphans import end_orphans
 from tasks.settings import Settings
 from tasks.tracking import Tracker, flatten, owner_is_alive, this_process
 
@@ -87,3 +89,39 @@ def test_a_process_is_known_by_number_and_start():
     assert owner_is_alive(mine)
     assert not owner_is_alive(f"{host}:{pid}:{float(started) - 100:.2f}")
     assert not owner_is_alive("")
+
+
+def test_a_run_that_is_just_being_made_is_nobodys_orphan(tracker, monkeypatch):
+    """Whoever looks for orphans may do so between any two requests of those that begin a run."""
+    looked = []
+
+    def beside(request: str) -> None:
+        real = getattr(tracker.client, request)
+
+        def then_look(*arguments, **named):
+            answer = real(*arguments, **named)
+            looked.append(request)
+            assert end_orphans(tracker) == []
+            return answer
+
+        monkeypatch.setattr(tracker.client, request, then_look)
+
+    for run in tracker.open_runs():
+        tracker.client.set_terminated(run.info.run_id, "KILLED")
+    monkeypatch.setattr(orphans, "_end_stale_flow_runs", lambda _: None)
+    for request in ("create_run", "log_batch", "update_run"):
+        beside(request)
+    retraining = begin(tracker, "just-now")
+    with tracker.stage(retraining, "train", "k" * 64, "task"):
+        assert {"create_run", "log_batch", "update_run"} == set(looked)
+    assert status(tracker, retraining.parent_run_id) == "RUNNING"
+
+
+def test_an_orphan_that_somebody_goes_on_with_in_the_meantime_is_left_alone(tracker, monkeypatch):
+    retraining = begin(tracker, "taken-over")
+    old = tracker.client.get_run(retraining.parent_run_id)
+    old.data.tags["qlora.owner"] = this_process().rpartition(":")[0] + ":1.00"
+    monkeypatch.setattr(orphans, "_end_stale_flow_runs", lambda _: None)
+    monkeypatch.setattr(tracker, "open_runs", lambda: [old])
+    assert end_orphans(tracker) == []
+    assert status(tracker, retraining.parent_run_id) == "RUNNING"
