@@ -37,8 +37,8 @@ faults: $(STAMP)  ## every stage hit by every fault, then the same command again
 	rm -rf $(FAULTS)
 	QLORA_FAULTS_RESULTS=$(abspath $(FAULTS)) $(BIN)/python -m pytest tests/integration/faults --numprocesses 2 --dist load -q
 
-soak: $(STAMP)   ## N retrainings killed at random times, Q queued for a worker, M at once: make soak N=200 Q=50 M=50
-	$(BIN)/python -m tests.integration.faults.soak --count $(or $(N),200) --at-once $(or $(M),0) --queued $(or $(Q),0)
+soak: $(STAMP)   ## N retrainings killed at random times, after M at once: make soak N=200 M=50
+	$(BIN)/python -m tests.integration.faults.soak --count $(or $(N),200) --at-once $(or $(M),0)
 
 lock: $(TOOLS)/.installed  ## what the images install, by version and hash, from pyproject.toml and constraints.txt
 	$(BIN)/python infra/lock.py $(TOOLS)/bin/uv
