@@ -10,6 +10,7 @@ predicts. The three ways take turns, so that all see the same machine; the media
 
 import argparse
 import json
+import platform
 import statistics
 import sys
 import tempfile
@@ -125,6 +126,13 @@ def products() -> Callable[[], None]:
     return step
 
 
+def processor() -> str:
+    """Name of the processor and the widest instructions that torch uses on it: products alone differ twofold."""
+    described = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    names = [line.partition(":")[2].strip() for line in described.splitlines() if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=9)
@@ -147,7 +155,8 @@ def main() -> None:
         "bench": "cpu step", "tokens": ROWS * TOKENS, "step_ms": medians,
         "over_products": round(medians["engine"] / medians["products"], 3),
         "over_plain": round(medians["engine"] / medians["plain peft"], 3),
-        "threads": torch.get_num_threads(), "torch": metadata.version("torch"), "peft": metadata.version("peft"),
+        "device": processor(), "threads": torch.get_num_threads(),
+        "torch": metadata.version("torch"), "peft": metadata.version("peft"),
         "bitsandbytes": metadata.version("bitsandbytes"), "date": datetime.now(UTC).date().isoformat(),
     }  # fmt: skip
     print(json.dumps(row))
