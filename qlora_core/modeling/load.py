@@ -55,6 +55,9 @@ def _make_trainable(module: torch.nn.Module, dtype: torch.dtype) -> None:
     if isinstance(module, Linear4bit):
         module.compute_dtype = dtype
         module.compute_type_is_set = True
+        # where a CPU has AVX512-BF16, a first pass without gradients repacks the weight for good: no gradient passes it
+        # any more, products are rounded to bfloat16, and nobody else can read it
+        module.support_avx512bf16_for_cpu = False
     if hasattr(module, "linear_mode"):
         # GPTQModel's CPU kernel stays without gradients for good when its first pass is one without
         module.linear_mode = "train"  # type: ignore[assignment]

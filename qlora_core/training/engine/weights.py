@@ -106,6 +106,8 @@ def weight_of(linear: torch.nn.Module) -> Weight | None:
     weight = getattr(linear, "weight", None)
     state = getattr(weight, "quant_state", None)
     if state is not None:
+        if getattr(state, "packing_format_for_cpu", False):
+            return None  # bitsandbytes has repacked it for itself
         return FourBit(weight.data, state)  # type: ignore[union-attr]
     if isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.ndim == 2:
         return Dense(weight.detach())

@@ -6,15 +6,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForCausalLM,
-    BitsAndBytesConfig,
     LlamaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
 
+from qlora_core.artifacts import ModelSnapshot
 from qlora_core.events import ignore
+from qlora_core.modeling.load import load_base, read_architecture
 from qlora_core.modeling.loss import collate, token_loss
+from qlora_core.recipe import Quantization
 from qlora_core.training.engine import ops
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.families import why_not
@@ -47,15 +49,12 @@ def adapted(config, folder, quantized: bool = True, **lora: object) -> PeftModel
     """A random model with an adapter that is not zero."""
     torch.manual_seed(1)
     randomize(AutoModelForCausalLM.from_config(config), scale=4).save_pretrained(folder)
-    nf4 = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.float32,
-    )
-    options = {"quantization_config": nf4, "device_map": {"": "cpu"}} if quantized else {}
-    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    base.requires_grad_(False)
+    if quantized:
+        snapshot = ModelSnapshot(path=folder, source="test", revision="1", architecture=read_architecture(folder))
+        base = load_base(snapshot, torch.device("cpu"), Quantization())
+    else:
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        base.requires_grad_(False)
     lora = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS, **lora}
     model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", **lora))
     for name, parameter in model.named_parameters():
