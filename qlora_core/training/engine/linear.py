@@ -148,7 +148,10 @@ def group_of(modules: Sequence[torch.nn.Module], adapter: FlatAdapter, dtype: to
         base = module.base_layer if isinstance(module, LoraLayer) else module
         weight = weight_of(base)
         if weight is None:
-            raise TrainingError(f"the weight of a {type(base).__name__} is in a form that the fused engine cannot read")
+            raise TrainingError(
+                f"the weight of a {type(base).__name__} is in a form that the fused engine cannot read; it reads full "
+                "precision, NF4, FP4 and GPTQ in 4 or 8 bits as `load_base` leaves them: load the model with it"
+            )
         outputs = weight.shape[0]
         parts.append(Part(weight, slice(start, start + outputs), adapter.pairs.get(id(module))))
         biases.append(getattr(base, "bias", None))

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 from qlora_core.artifacts import ModelSnapshot
+from qlora_core.errors import TrainingError
 from qlora_core.events import ignore
 from qlora_core.modeling.load import load_base, read_architecture
 from qlora_core.modeling.loss import collate, token_loss
@@ -117,6 +118,16 @@ def test_modules_in_another_order_give_the_same(tmp_path):
     engine = Engine(model, torch.float32)
     assert engine.loss_and_grads(pack_rows(rows, False), torch.zeros(1)).item() == pytest.approx(expected, rel=1e-4)
     assert worst(model, gradients) < TOLERANCE
+
+
+def test_a_weight_that_bitsandbytes_has_repacked_is_refused(tmp_path):
+    """It does so on CPUs with AVX512-BF16 in a first pass without gradients; `load_base` keeps it from that."""
+    model = adapted(CONFIGS["llama"], tmp_path)
+    linear = model.get_base_model().model.layers[0].mlp.up_proj.base_layer
+    assert not linear.support_avx512bf16_for_cpu
+    linear.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(TrainingError, match="load_base"):
+        Engine(model, torch.float32)
 
 
 class KnownDropout(torch.nn.Module):
