@@ -10,7 +10,7 @@ TOOLS  := .tools
 
 FAULTS ?= .faults
 
-.PHONY: quickstart test test-gptq test-kernels team-test faults soak lock audit check ui clean help
+.PHONY: quickstart test test-gptq test-kernels team-test faults soak fuzz lock audit check ui clean help
 
 help:            ## what can be typed
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ faults: $(STAMP)  ## every stage hit by every fault, then the same command again
 
 soak: $(STAMP)   ## N retrainings killed at random times, after M at once: make soak N=200 M=50
 	$(BIN)/python -m tests.integration.faults.soak --count $(or $(N),200) --at-once $(or $(M),0)
+
+fuzz: $(TOOLS)/.installed  ## coverage-guided fuzzing of what reads foreign files, S seconds a reader: make fuzz T=rows S=600
+	PYTHONPATH=$(TOOLS) $(BIN)/python -m tests.unit.hostile.fuzz $(addprefix --target ,$(T)) --seconds $(or $(S),60)
 
 lock: $(TOOLS)/.installed  ## what the images install, by version and hash, from pyproject.toml and constraints.txt
 	$(BIN)/python infra/lock.py $(TOOLS)/bin/uv
@@ -73,7 +76,7 @@ $(TRITON)/.installed: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --target $(TRITON) triton
 	@touch $@
 
-# Beside the environment: what these two depend on is no business of the package's own.
+# Beside the environment: what these depend on is no business of the package's own.
 $(TOOLS)/.installed: $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(TOOLS) uv==0.13.9 pip-audit==2.10.1
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(TOOLS) uv==0.13.9 pip-audit==2.10.1 atheris==3.0.0
 	@touch $@

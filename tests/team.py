@@ -50,6 +50,8 @@ class Team:
     prefect_port: int = field(default_factory=free_port)
     mlflow_port: int = field(default_factory=free_port)
     servers: ExitStack = field(default_factory=ExitStack, repr=False)
+    processes: list[int] = field(default_factory=list, repr=False)
+    """Numbers of the two servers' processes, which have children."""
 
     @property
     def prefect_url(self) -> str:
@@ -66,12 +68,13 @@ class Team:
             prefect_server(self.folder, self.prefect_port, address, self.secret),
             mlflow_with_users(self.folder, self.mlflow_port, address, self.s3_url, self.secret),
         ):
-            self.servers.enter_context(server)
+            self.processes.append(self.servers.enter_context(server))
         wait_until_healthy(f"{self.mlflow_url}/health")
         wait_until_healthy(f"{self.prefect_url}/health")
 
     def stop(self) -> None:
         self.servers.close()
+        self.processes.clear()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -115,14 +118,19 @@ class Team:
 
 
 @contextmanager
-def team(folder: Path) -> Iterator[Team]:
-    """All servers up and answering; everything is stopped and gone afterwards."""
+def team(folder: Path, reach: Callable[[str], str] = str) -> Iterator[Team]:
+    """All servers up and answering; everything is stopped and gone afterwards.
+
+    Args:
+        folder: for logs and files.
+        reach: from the database's URL to the one by which the servers reach it.
+    """
     secret = secrets.token_hex(8)
     with ExitStack() as stack:
         database = stack.enter_context(postgres())
         set_up_databases(database, secret)
         s3_url = stack.enter_context(object_store(folder, secret))
-        us = Team(folder=folder, s3_url=s3_url, database=database, secret=secret)
+        us = Team(folder=folder, s3_url=s3_url, database=reach(database), secret=secret)
         stack.callback(us.stop)
         us.start()
         wait_for("the bucket", lambda: bucket(s3_url, secret))

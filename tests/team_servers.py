@@ -91,8 +91,8 @@ def bucket(s3_url: str, secret: str) -> bool:
 
 
 @contextmanager
-def prefect_server(folder: Path, port: int, database: str, secret: str) -> Iterator[str]:
-    """A Prefect server on PostgreSQL; the URL of its API."""
+def prefect_server(folder: Path, port: int, database: str, secret: str) -> Iterator[int]:
+    """A Prefect server on PostgreSQL; the number of its process."""
     host, _, database_port = database.partition(":")
     command, shipped = service("prefect", {"4200": str(port)}, secret)
     settings = {
@@ -105,13 +105,13 @@ def prefect_server(folder: Path, port: int, database: str, secret: str) -> Itera
         "PREFECT_SERVER_SERVICES_LATE_RUNS_LOOP_SECONDS": "1",
         "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "2",
     }
-    with running(command, folder / "prefect.log", settings):
-        yield f"http://127.0.0.1:{port}/api"
+    with running(command, folder / "prefect.log", settings) as process:
+        yield process.pid
 
 
 @contextmanager
-def mlflow_with_users(folder: Path, port: int, database: str, s3_url: str, secret: str) -> Iterator[str]:
-    """An MLflow server with authentication on PostgreSQL, whose artifacts go through it to S3."""
+def mlflow_with_users(folder: Path, port: int, database: str, s3_url: str, secret: str) -> Iterator[int]:
+    """An MLflow server with authentication on PostgreSQL, whose artifacts go through it to S3; its process's number."""
     places = {"@postgres/": f"@{database}/", "http://objects:8333": s3_url, "5000": str(port)}
     command, shipped = service("mlflow", places, secret)
     ini = (CHECKOUT / "infra" / "mlflow-auth.ini").read_text().replace("@postgres/", f"@{database}/")
@@ -120,8 +120,8 @@ def mlflow_with_users(folder: Path, port: int, database: str, s3_url: str, secre
     ours = {"MLFLOW_AUTH_CONFIG_PATH": str(folder / "auth.ini"), "PYTHONPATH": path, SECRET: secret}
     settings = {**clean_environment(), **shipped, **ours}
     command[command.index("--workers") + 1] = "1"
-    with running(command, folder / "mlflow.log", settings):
-        yield f"http://127.0.0.1:{port}"
+    with running(command, folder / "mlflow.log", settings) as process:
+        yield process.pid
 
 
 def service(name: str, places: Mapping[str, str], secret: str) -> tuple[list[str], dict[str, str]]:

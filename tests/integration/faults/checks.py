@@ -15,7 +15,7 @@ Found = dict[str, object]
 
 
 def client_of(world: World) -> MlflowClient:
-    return MlflowClient(f"http://127.0.0.1:{world.mlflow.server_port}")
+    return MlflowClient(world.team.mlflow_url)
 
 
 def runs_of(home: Home) -> list[Run]:

@@ -10,7 +10,7 @@ import pytest
 
 from tests.integration.faults.faults import DISK_BYTES
 from tests.integration.faults.table import table
-from tests.integration.faults.world import World, world
+from tests.integration.faults.world import SIGN_IN, World, world
 
 RESULTS = "QLORA_FAULTS_RESULTS"
 """Environment variable: a folder that gets what every cell came to, and the table."""
@@ -20,6 +20,13 @@ RESULTS = "QLORA_FAULTS_RESULTS"
 def everything(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     with world(tmp_path_factory.mktemp("faults")) as made:
         yield made
+
+
+@pytest.fixture(autouse=True)
+def signed_in(everything: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process asks MLflow itself, as a member."""
+    for name in SIGN_IN:
+        monkeypatch.setenv(name, everything.team.environment[name])
 
 
 @pytest.fixture

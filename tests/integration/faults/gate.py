@@ -52,6 +52,10 @@ class Gate:
             wire.go()
             self._wires.remove(wire)
 
+    @property
+    def is_open(self) -> bool:
+        return self._listener is not None
+
     def open(self) -> None:
         """Listen; always on the same port."""
         if self._listener is not None:

@@ -1,14 +1,18 @@
 """Retrain again and again, killed at random times, on real servers: `make soak N=200`, or some flows at once: `M=50`.
 
 Every retraining has a learning rate of its own, so that each makes a version. Whatever was killed is typed again until
-it ends. At the end there must be as many versions as rates, one champion, nothing that still runs, no work left in the
-store, and servers that have not grown.
+it ends. The store is cleaned up as the team's deployment does, but more often. At the end there must be as many
+versions as rates, all decided, one champion, nothing that still runs, no work left in the store and nothing that
+nobody needs, and servers that have not grown.
 """
 
 import argparse
+import json
+import os
 import random
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,11 +20,13 @@ import psutil
 
 from tests.integration.faults.checks import FINAL, client_of, runs_of
 from tests.integration.faults.flow import Flow
-from tests.integration.faults.world import COMMAND_TIMEOUT_S, Home, World, flow_runs, world
+from tests.integration.faults.world import COMMAND_TIMEOUT_S, SIGN_IN, Home, World, flow_runs, world
 
 NAME = "soak"
 LATEST_KILL_S = 30.0
 KILLED_SHARE = 0.5
+CLEANED_EVERY = 10
+"""Retrainings between two times that the store is cleaned up."""
 MOST_GROWTH = 1.5
 """Of the servers' memory between a quarter of the way and the end."""
 
@@ -42,15 +48,32 @@ def soak(everything: World, folder: Path, count: int, seed: int) -> dict[str, ob
                 break
             assert flow.code is not None, f"it hangs: {flow.said()}"
             assert flow.code < 0, flow.said()
-        memory.append(memory_of_servers())
-        say(f"{number + 1} of {count} retrained, {kills} kills, servers {memory[-1] / 2**20:,.0f} MiB")
+        if (number + 1) % CLEANED_EVERY == 0:
+            store(home, "gc", "--unused-days", "0")
+        memory.append(memory_of_servers(home.world))
+        used = sum(file.stat().st_size for file in home.store.rglob("*") if file.is_file())
+        say(
+            f"{number + 1} of {count} retrained, {kills} kills, servers {memory[-1] / 2**20:,.0f} MiB, "
+            f"store {used / 2**20:,.1f} MiB"
+        )
     return {"retrained": count, "kills": kills, "memory": memory}
 
 
 def start(home: Home, number: int, rate: str) -> Flow:
     arguments = ["run", str(home.world.recipe), "--set", f"name={home.name}", "--set", rate]
-    environment = {**home.world.environment, "QLORA_HOME": str(home.place)}
-    return home.world.launcher.start(arguments, environment, home.world.folder / f"{home.name}-{number}.log")
+    return command(home, arguments, home.world.folder / f"{home.name}-{number}.log")
+
+
+def store(home: Home, *arguments: str) -> str:
+    """What a command about the store says."""
+    log = home.world.folder / f"{home.name}-store-{time.monotonic_ns()}.log"
+    flow = command(home, ["store", *arguments], log)
+    assert flow.wait(COMMAND_TIMEOUT_S) == 0, flow.said()
+    return flow.said()
+
+
+def command(home: Home, arguments: list[str], log: Path) -> Flow:
+    return home.world.launcher.start(arguments, {**home.world.environment, "QLORA_HOME": str(home.place)}, log)
 
 
 def at_once(everything: World, folder: Path, count: int) -> None:
@@ -70,22 +93,25 @@ def check(everything: World, folder: Path, count: int) -> None:
     client = client_of(everything)
     versions = client.search_model_versions(f"name = '{NAME}'", max_results=1000)
     assert len(versions) == count, f"{len(versions)} versions of {count} retrainings"
-    assert "champion" in client.get_registered_model(NAME).aliases
+    verdicts = {int(version.version): version.tags["qlora.verdict"] for version in versions}
+    promoted = [number for number, verdict in verdicts.items() if verdict == "promoted"]
+    assert int(client.get_registered_model(NAME).aliases["champion"]) == max(promoted), verdicts
     home = Home(everything, NAME, folder / "home")
     assert {run.info.status for run in runs_of(home)} == {"FINISHED"}
     assert [run for run in flow_runs(everything, NAME) if run["state_type"] not in FINAL] == []
     assert list((home.store / "work").glob("*")) == []
+    store(home, "gc", "--unused-days", "0")
+    unneeded = [item for item in json.loads(store(home, "ls", "--json")) if not item["needed_by"]]
+    assert unneeded == []
 
 
-def memory_of_servers() -> int:
-    """Of everything that this process has started, but for the commands themselves."""
+def memory_of_servers(everything: World) -> int:
+    """What Prefect, MLflow and their workers hold of their own, in bytes."""
     found = 0
-    for process in psutil.Process().children(recursive=True):
-        try:
-            if "server" in " ".join(process.cmdline()):
-                found += process.memory_info().rss
-        except psutil.Error:
-            continue
+    for server in everything.team.processes:
+        for process in [psutil.Process(server), *psutil.Process(server).children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                found += process.memory_full_info().uss
     return found
 
 
@@ -100,6 +126,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     asked = parser.parse_args()
     with TemporaryDirectory(prefix="qlora-soak-") as temporary, world(Path(temporary)) as everything:
+        os.environ.update({name: everything.team.environment[name] for name in SIGN_IN})
         folder = Path(temporary)
         if asked.at_once:
             at_once(everything, folder, asked.at_once)

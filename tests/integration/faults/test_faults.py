@@ -157,7 +157,7 @@ def report(run: StageRun, steps: range) -> None:
 
 
 def logged(everything: World, run: StageRun) -> list[tuple[int, float]]:
-    client = MlflowClient(f"http://127.0.0.1:{everything.mlflow.server_port}")
+    client = client_of(everything)
     history = sorted(client.get_metric_history(run.run_id, "loss"), key=lambda point: (point.timestamp, point.step))
     return [(point.step, point.value) for point in history]
 

@@ -1,23 +1,17 @@
-"""The servers of the fault tests, each behind a gate, and a home whose earlier stages are done."""
+"""The servers of a team, each behind a gate, and a home whose earlier stages are done."""
 
-import os
+import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import httpx
-
-from tests.integration.conftest import free_port, wait_until_healthy
 from tests.integration.faults.flow import Flow, Launcher, launcher
 from tests.integration.faults.gate import Gate
 from tests.integration.hub_server import HubServer
 from tests.integration.hub_server import running as hub
-from tests.postgres import create_database, postgres
-from tests.servers import running
+from tests.team import Team, team
 from tests.tiny import write_recipe
 
 STAGES = ("download", "prepare", "train", "merge", "evaluate", "register", "promote")
@@ -26,12 +20,14 @@ MADE = {"download": ("download",), "prepare": ("raw", "prepare"), "evaluate": ("
 STEPS, STEPS_A_CHECKPOINT = 30, 3
 COMMAND_TIMEOUT_S = 240
 REPO = "acme/tiny"
+SIGN_IN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 
 
 @dataclass
 class World:
     """Where everything is. `mlflow`, `prefect`, `database` and `hub` are gates that can be shut."""
 
+    team: Team
     folder: Path
     recipe: Path
     mlflow: Gate
@@ -81,23 +77,26 @@ class Home:
 
 @contextmanager
 def world(folder: Path) -> Iterator[World]:
-    """PostgreSQL, MLflow on it, Prefect, a hub, and an undisturbed run."""
+    """The servers of a team, a hub, and an undisturbed run."""
     with ExitStack() as stack:
-        database_url = create_database(stack.enter_context(postgres()), "mlflow")
-        database = gate(stack, int(database_url.rpartition(":")[2].partition("/")[0]))
+        gates: dict[str, Gate] = {}
+
+        def gate(name: str, port: int) -> int:
+            gates[name] = Gate(port)
+            stack.callback(gates[name].shut)
+            return gates[name].port
+
+        def behind_gate(url: str) -> str:
+            return re.sub(r"\d+$", lambda port: str(gate("database", int(port[0]))), url)
+
+        servers = stack.enter_context(team(folder, behind_gate))
         hub_server = stack.enter_context(hub())
-        to_hub = gate(stack, int(hub_server.server_address[1]))
-        prefect = gate(stack, stack.enter_context(prefect_server(folder)))
-        url = f"postgresql+psycopg://postgres@127.0.0.1:{database.port}/mlflow"
-        mlflow = gate(stack, stack.enter_context(mlflow_server(folder, url)))
-        environment = shell(prefect, mlflow, to_hub)
+        ports = {"mlflow": servers.mlflow_port, "prefect": servers.prefect_port, "hub": hub_server.server_address[1]}
+        environment = shell(servers, {name: gate(name, int(port)) for name, port in ports.items()})
         recipe = publish_recipe(folder / "recipe", hub_server)
         starter = stack.enter_context(launcher(folder, environment))
-        wait_until_healthy(f"http://127.0.0.1:{prefect.port}/api/health")
-        wait_until_healthy(f"http://127.0.0.1:{mlflow.port}/health")
-        made = World(
-            folder, recipe, mlflow, prefect, database, to_hub, hub_server, starter, environment, folder / "baseline"
-        )
+        made = World(servers, folder, recipe, **gates, hub_server=hub_server, launcher=starter,
+                     environment=environment, baseline=folder / "baseline")  # fmt: skip
         flow = made.home("baseline", "download", made.baseline).start(1)
         assert flow.wait(COMMAND_TIMEOUT_S) == 0, flow.said()
         yield made
@@ -119,58 +118,20 @@ def publish_recipe(folder: Path, hub_server: HubServer) -> Path:
     return recipe
 
 
-def shell(prefect: Gate, mlflow: Gate, to_hub: Gate) -> dict[str, str]:
-    """What a user's shell holds."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("QLORA_", "MLFLOW_", "PREFECT_", "HF_"))}
+def shell(servers: Team, ports: dict[str, int]) -> dict[str, str]:
+    """What a member's shell holds, but that every server is reached through its gate."""
+    ours = {name: value for name, value in servers.environment.items() if not name.startswith(("HF_", "PREFECT_HOME"))}
     return {
-        **kept,
-        "PREFECT_API_URL": f"http://127.0.0.1:{prefect.port}/api",
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{mlflow.port}",
+        **ours,
+        "PREFECT_API_URL": f"http://127.0.0.1:{ports['prefect']}/api",
+        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['mlflow']}",
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
-        "HF_ENDPOINT": f"http://127.0.0.1:{to_hub.port}",
+        "HF_ENDPOINT": f"http://127.0.0.1:{ports['hub']}",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PREFECT_CLIENT_MAX_RETRIES": "1",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "160",
     }
-
-
-def gate(stack: ExitStack, port: int) -> Gate:
-    made = Gate(port)
-    stack.callback(made.shut)
-    return made
-
-
-@contextmanager
-def prefect_server(folder: Path) -> Iterator[int]:
-    port = free_port()
-    environment = {**os.environ, "PREFECT_HOME": str(folder / "prefect"), "PREFECT_SERVER_ANALYTICS_ENABLED": "false"}
-    command = ["-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
-    with running([sys.executable, *command], folder / "prefect.log", environment):
-        yield port
-
-
-@contextmanager
-def mlflow_server(folder: Path, database: str) -> Iterator[int]:
-    port = free_port()
-    environment = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    command = ["-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    store = ["--backend-store-uri", database, "--artifacts-destination", str(folder / "files")]
-    with running([sys.executable, *command, *store], folder / "mlflow.log", environment):
-        yield port
 
 
 def flow_runs(world: World, name: str) -> list[dict[str, object]]:
     """Prefect's runs for one recipe."""
-    wanted = {"flow_runs": {"name": {"any_": [f"retrain {name}"]}}}
-    answer = httpx.post(f"http://127.0.0.1:{world.prefect.server_port}/api/flow_runs/filter", json=wanted, timeout=30)
-    answer.raise_for_status()
-    return list(answer.json())
-
-
-def sudo_free(command: list[str]) -> bool:
-    """Run a command that needs rights; whether it was let."""
-    try:
-        return subprocess.run(command, capture_output=True).returncode == 0
-    except FileNotFoundError:
-        return False
+    return list(world.team.ask("/flow_runs/filter", flow_runs={"name": {"any_": [f"retrain {name}"]}}))
