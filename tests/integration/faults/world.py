@@ -124,7 +124,7 @@ def shell(servers: Team, ports: dict[str, int]) -> dict[str, str]:
     return {
         **ours,
         "PREFECT_API_URL": f"http://127.0.0.1:{ports['prefect']}/api",
-        "MLFLOW_TRACKING_URI": f"http://127.0.0.1:{ports['mlflow']}",
+        "MLFLOW_TRACKING_URI": f"http://localhost:{ports['mlflow']}",  # the host that the server lets in on any port
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
         "HF_ENDPOINT": f"http://127.0.0.1:{ports['hub']}",
         "HF_HUB_DISABLE_TELEMETRY": "1",
