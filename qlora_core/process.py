@@ -56,6 +56,9 @@ class Group(Record):
 
 
 ALONE = Group()
+KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
+"""For glibc: freed memory stays with a child until it ends. Giving it back and faulting it in again costs a training
+step on a CPU a quarter of its time."""
 
 
 def run_child(entry: str, spec: Record, folder: Path, report: Report, group: Group = ALONE) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def _join(folder: Path) -> None:
 def _environment(processes: int) -> dict[str, str]:
     threads = max(1, (os.cpu_count() or 1) // processes)
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **offline, **os.environ}
+    return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **offline, **KEEP_FREED_MEMORY, **os.environ}
 
 
 def _end_group(child: "subprocess.Popen[bytes]") -> None:

@@ -10,6 +10,7 @@ predicts. The three ways take turns, so that all see the same machine; the media
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import sys
@@ -32,6 +33,7 @@ from qlora_core.events import ignore
 from qlora_core.modeling.load import load_base, read_architecture
 from qlora_core.modeling.lora import add_lora
 from qlora_core.modeling.rows import TokenRow
+from qlora_core.process import KEEP_FREED_MEMORY
 from qlora_core.recipe import Lora, Quantization
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.module import FusedLoss
@@ -138,6 +140,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "cpu_step.jsonl")
     args = parser.parse_args()
+    if not KEEP_FREED_MEMORY.keys() <= os.environ.keys():  # as in every child process
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **KEEP_FREED_MEMORY})
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(CONFIG).save_pretrained(folder)

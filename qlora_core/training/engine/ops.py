@@ -69,17 +69,20 @@ def swiglu_backward(
     grad: torch.Tensor, gate_up: torch.Tensor, low_grad: torch.Tensor | None, grad_a: torch.Tensor | None
 ) -> None:
     """Replace `gate_up` by its gradient; `grad_a`, fp32, gets `low_grad.T @ activation` added."""
-    if low_grad is not None and grad_a is not None and not (grad.is_cuda and len(grad_a) <= LARGEST_FUSED_RANK):
-        add_product(grad_a, low_grad.t(), swiglu(gate_up, None)[0])
-        low_grad = grad_a = None
     if grad.is_cuda:
         from qlora_core.training.engine.kernels import gated
 
+        if low_grad is not None and grad_a is not None and len(grad_a) > LARGEST_FUSED_RANK:
+            add_product(grad_a, low_grad.t(), gated.swiglu(gate_up))
+            low_grad = grad_a = None
         gated.swiglu_backward(grad, gate_up, low_grad, grad_a)
         return
     gate, up = gate_up.chunk(2, dim=1)
+    silu = functional.silu(gate)
+    if low_grad is not None and grad_a is not None:
+        add_product(grad_a, low_grad.t(), silu * up)
     grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
-    torch.mul(grad, functional.silu(gate), out=up)
+    torch.mul(grad, silu, out=up)
     gate.copy_(grad_gate)
 
 
@@ -199,7 +202,9 @@ def both_sides(
 
 def add_product(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
     """`grad += scale * left @ right`, accumulated in fp32."""
-    if left.dtype == grad.dtype:
+    if left.dtype == grad.dtype and len(grad) > grad.shape[1]:
+        grad.add_(torch.mm(right.t(), left.t()).t(), alpha=scale)  # a CPU is slower at tall products than at wide ones
+    elif left.dtype == grad.dtype:
         grad.addmm_(left, right, alpha=scale)
     else:
         grad.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=scale)

@@ -27,10 +27,10 @@ def _dequantize_4bit(  # type: ignore[no-untyped-def]
     packed, scales, nested_code, nested_scales, offset, code, a, b, out, outputs, inputs, rank,
     NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     row_ok = rows < outputs
     blocks = inputs // 64
-    block = tl.program_id(1)
+    block = tl.program_id(0)  # neighbours in time are neighbours in memory
     number = rows * blocks + block
     if NESTED:
         index = tl.load(scales + number, mask=row_ok, other=0).to(tl.int32)
@@ -93,8 +93,8 @@ def dequantize_4bit(
     outputs, inputs = out.shape
     rank = 0 if a is None else a.shape[0]
     nested_code, nested_scales, offset, nested_block = nested or (code, code, code, 1)
-    rows = 128 if rank <= 32 else 64 if rank <= 64 else 32
-    grid = (triton.cdiv(outputs, rows), inputs // BLOCK_VALUES)
+    rows = 64 if rank <= 64 else 32
+    grid = (inputs // BLOCK_VALUES, triton.cdiv(outputs, rows))
     _dequantize_4bit[grid](
         packed, scales, nested_code, nested_scales, offset, code, out if a is None else a, out if b is None else b,
         out, outputs, inputs, rank, nested is not None, nested_block, padded(rank), rows, num_warps=4,
