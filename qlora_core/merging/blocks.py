@@ -73,13 +73,13 @@ def blocks(targets: Iterable[StoredTensor], base: Mapping[str, StoredTensor]) ->
 
 
 @contextmanager
-def one_thread_each(threads: int) -> Iterator[Callable[[Callable[[J], T], Iterable[J]], Iterator[T]]]:
+def one_thread_each(threads: int) -> Iterator[Callable[[Callable[[J], T], Iterable[J]], list[T]]]:
     """A map over jobs on some threads, where each job's own arithmetic runs on one; results in the jobs' order."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            yield pool.map
+            yield lambda work, jobs: list(pool.map(work, jobs))
     finally:
         torch.set_num_threads(before)
 

@@ -13,7 +13,6 @@ time, and the copies to a GPU and back would take more than they save.
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -26,9 +25,6 @@ from qlora_core.merging.difference import Difference, difference, same_bits
 from qlora_core.merging.tensors import FLOATS, Shard, StoredTensor
 from qlora_core.store import discard
 
-REPORTS = 50
-"""Of progress, in a merge of many blocks."""
-
 
 def write_shards(
     shards: Sequence[Shard],
@@ -40,30 +36,24 @@ def write_shards(
     """Write every shard; tensors without a change keep their bytes, or are cast once.
 
     Returns:
-        How what stands in the files differs from the base, by tensor, in the order of the files.
+        How what stands in the files differs from the base, by tensor.
 
     Raises:
         MergeError: there is no room on the disk, or a file does not hold what was written to it.
     """
     _allocate(shards)
-    jobs = _in_turn([list(blocks(shard.tensors, base)) for shard in shards])
     totals: dict[str, Difference] = {}
-    pause = max(1, len(jobs) // REPORTS)
-    sources = {base[tensor.name].file for shard in shards for tensor in shard.tensors}
-    with opened(sources, [shard.file for shard in shards]) as files, one_thread_each(threads) as each:
-        found = each(partial(_merge, files=files, changes=changes, scratch=Scratch()), jobs)
-        for done, (job, moved) in enumerate(zip(jobs, found, strict=True), start=1):
-            name = job.target.name
-            totals[name] = totals[name].plus(moved) if name in totals else moved
-            if done % pause == 0 or done == len(jobs):
-                report(Progress(what="merge", done=done, total=len(jobs), unit="blocks"))
-    names = [tensor.name for shard in shards for tensor in shard.tensors]
-    return {name: totals[name] for name in names if name in totals}
-
-
-def _in_turn(shards: Sequence[Sequence[Block]]) -> list[Block]:
-    """One block of each shard after another: threads that write to one file wait for each other in the kernel."""
-    return [block for turn in zip_longest(*shards) for block in turn if block is not None]
+    scratch = Scratch()
+    with one_thread_each(threads) as each:
+        for number, shard in enumerate(shards, start=1):
+            jobs = list(blocks(shard.tensors, base))
+            with opened({base[t.name].file for t in shard.tensors}, [shard.file]) as files:
+                found = each(partial(_merge, files=files, changes=changes, scratch=scratch), jobs)
+            for job, moved in zip(jobs, found, strict=True):
+                name = job.target.name
+                totals[name] = totals[name].plus(moved) if name in totals else moved
+            report(Progress(what="merge", done=number, total=len(shards), unit="shards"))
+    return totals
 
 
 def _allocate(shards: Sequence[Shard]) -> None:

@@ -13,13 +13,13 @@ from qlora_core.merging.spec import MergeSpec
 from qlora_core.merging.worker import write_model
 from qlora_core.store import sha256_of_file
 
-KILLED_HALF_WAY = """
+KILLED_AT_THE_SECOND_SHARD = """
 import json, os, signal, sys
 from qlora_core.merging.spec import MergeSpec
 from qlora_core.merging.worker import write_model
 
 def report(event):
-    if event.done * 2 >= event.total:
+    if event.done == 2:
         os.kill(os.getpid(), signal.SIGKILL)
 
 write_model(MergeSpec.model_validate_json(sys.argv[1]), report)
@@ -55,7 +55,7 @@ def test_a_merge_killed_half_way_is_whole_and_identical_when_repeated(
 ) -> None:
     case = make_case(merge={"max_shard_mb": 1}, hidden=256)
     killed = subprocess.run(
-        [sys.executable, "-c", KILLED_HALF_WAY, case.model_dump_json()], capture_output=True, check=False
+        [sys.executable, "-c", KILLED_AT_THE_SECOND_SHARD, case.model_dump_json()], capture_output=True, check=False
     )
     assert killed.returncode == -9
     write_model(case, ignore)
