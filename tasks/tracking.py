@@ -91,12 +91,21 @@ class StageRun:
         tags = [RunTag(name, value) for name, value in described.tags.items()]
         self._client.log_batch(self.run_id, metrics=metrics, tags=tags)
         if described.dataset is not None:
-            name, digest, source = described.dataset
-            data = Dataset(name=name, digest=digest[:36], source_type="qlora-store", source=json.dumps({"uri": source}))
-            self._client.log_inputs(self.run_id, [DatasetInput(data, [InputTag("mlflow.data.context", "training")])])
+            self._log_dataset(*described.dataset)
         for path, folder in described.artifacts:
             log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
             log(self.run_id, str(path), folder or None)
+
+    def _log_dataset(self, name: str, digest: str, source: str) -> None:
+        data = Dataset(name=name, digest=digest[:36], source_type="qlora-store", source=json.dumps({"uri": source}))
+        read = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+        try:
+            self._client.log_inputs(self.run_id, read)
+        except MlflowException as error:
+            if error.error_code != "BAD_REQUEST":
+                raise
+            # MLflow looks for the data first and writes it then: if another flow wrote it in between, it is there now.
+            self._client.log_inputs(self.run_id, read)
 
     def _log_steps(self, steps: Sequence[Metrics]) -> None:
         now = int(time.time() * 1000)

@@ -1,13 +1,15 @@
 """Runs on a real MLflow database."""
 
 import pytest
+from mlflow.store.tracking.dbmodels.models import SqlDataset
+from sqlalchemy import event
 
 from qlora_core.events import Metrics
 from qlora_core.recipe import Recipe
 from tasks import orphans
 from tasks.orphans import end_orphans
 from tasks.settings import Settings
-from tasks.tracking import Tracker, flatten, owner_is_alive, this_process
+from tasks.tracking import Described, Tracker, flatten, owner_is_alive, this_process
 
 RECIPE = Recipe.model_validate(
     {"name": "r", "model": {"source": "local", "path": "m"}, "data": {"rows": [{"source": "local", "path": "d"}]}}
@@ -76,6 +78,22 @@ def test_a_retried_stage_continues_its_run_and_logs_no_step_twice(tracker):
     assert [point.step for point in history] == [1, 2, 3, 4]
     assert tracker.client.get_run(ids[0]).data.params == {"lora.rank": "8", "rate": "0.1"}
     assert tracker.made_by(retraining, "train", "k" * 64) == ids[0]
+
+
+def test_data_that_another_flow_logs_at_the_same_moment_is_logged_by_both(tracker):
+    retraining = begin(tracker, "data")
+    data = Described(dataset=("rows/rows.json", "d" * 64, "rows.json"))
+
+    def other_flow(*_: object) -> None:
+        """Between MLflow's look for the data and its write."""
+        with tracker.stage(retraining, "prepare", "other", "task-2") as run:
+            run.describe(data)
+
+    event.listen(SqlDataset, "before_insert", other_flow, once=True)
+    with tracker.stage(retraining, "train", "one", "task-1") as run:
+        run.describe(data)
+    runs = tracker.search(retraining.experiment_id, "tags.`qlora.kind` = 'stage'")
+    assert [run.inputs.dataset_inputs[0].dataset.name for run in runs] == ["rows/rows.json"] * 2
 
 
 def test_nested_values_become_dotted_names():
