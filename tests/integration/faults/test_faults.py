@@ -140,7 +140,7 @@ def test_the_store_keeps_what_the_champion_was_made_from_and_names_damage(everyt
 @pytest.fixture
 def begin(everything: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
     """A function that continues the same run, as after a crash."""
-    uri = f"http://127.0.0.1:{everything.mlflow.port}"
+    uri = everything.environment["MLFLOW_TRACKING_URI"]
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(outbox, "PAUSE_S", 0.0)
