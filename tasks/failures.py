@@ -84,6 +84,11 @@ def explain_prefect(error: BaseException) -> QloraError | None:
             f"Prefect at {where} does not let us in ({error.response.status_code}): look at PREFECT_API_AUTH_STRING "
             "or PREFECT_API_KEY. Nothing was changed"
         )
+    if isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error:
+        return QloraError(
+            f"Prefect at {where} failed ({error.response.status_code}); is its database up? What was made is kept, and "
+            "the same command goes on once Prefect answers"
+        )
     if isinstance(error, httpx.TransportError):
         return QloraError(f"Prefect at {where} does not answer ({type(error).__name__}); is the server up?")
     return None

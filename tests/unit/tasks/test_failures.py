@@ -1,12 +1,13 @@
-"""Which failures of MLflow mean that the same call may succeed later."""
+"""Which failures of MLflow and Prefect mean that the same call may succeed later."""
 
+import httpx
 import pytest
 from mlflow.exceptions import MlflowException, RestException
 from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from prefect.states import Failed
 
-from qlora_core.errors import RegistryError, RegistryUnavailableError
-from tasks.failures import explain
+from qlora_core.errors import QloraError, RegistryError, RegistryUnavailableError
+from tasks.failures import explain, explain_prefect
 from tasks.stage import worth_retrying
 
 URI = "http://mlflow.example:5000"
@@ -32,3 +33,12 @@ def test_what_mlflow_refuses_for_its_content_is_not():
     assert isinstance(said, RegistryError)
     assert not isinstance(said, RegistryUnavailableError)
     assert not worth_retrying(None, None, Failed(data=said))
+
+
+def test_a_prefect_server_whose_database_is_away_is_named_with_what_is_safe(monkeypatch):
+    monkeypatch.setenv("PREFECT_API_URL", "http://prefect.example:4200/api")
+    request = httpx.Request("POST", "http://prefect.example:4200/api/flow_runs/1/set_state")
+    said = explain_prefect(httpx.HTTPStatusError("500", request=request, response=httpx.Response(500)))
+    assert isinstance(said, QloraError)
+    assert "http://prefect.example:4200/api failed (500)" in str(said)
+    assert "What was made is kept" in str(said)
