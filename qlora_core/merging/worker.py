@@ -70,14 +70,14 @@ def write_model(task: MergeSpec, report: Report) -> tuple[TensorChange, ...]:
     Raises:
         MergeError: the adapter does not fit, the base is damaged, the disk is full, or a tensor is not as it should be.
     """
-    folder, threads = task.into / MODEL, torch.get_num_threads()
+    folder, processes = task.into / MODEL, torch.get_num_threads()
     discard(folder)
     folder.mkdir(parents=True)
     dtype = None if task.recipe.dtype == "base" else task.recipe.dtype
     base = read_folder(task.base.path)
     changes = read_changes(task.adapter.path, base, task.base.architecture.tied_embeddings)
     shards = lay_out(base.values(), dtype and getattr(torch, dtype), task.recipe.max_shard_mb * MB, folder)
-    differences = write_shards(shards, base, changes, threads, report)
+    differences = write_shards(shards, base, changes, processes, report)
     write_index(shards, folder)
     write_serving_files(task.base.path, task.trained.path, folder, dtype)
     check_places(shards, read_folder(folder))

@@ -1,10 +1,10 @@
-"""Write the merged tensors and prove them, block by block: the same bytes for any number of threads.
+"""Write the merged tensors and prove them, block by block: the same bytes for any number of processes.
 
 A block is a fixed number of a tensor's rows. Each is read, changed in fp32, rounded once and written to its own
-place by one thread, whose products run on that thread alone; so neither the number of threads nor their order can
-be seen in the result, and no more than a few blocks are ever in memory.
+place by one process, whose products run on one thread; so neither the number of processes nor their order can be seen
+in the result, and no more than a few blocks are ever in memory.
 
-The same thread then reads the block back from the file. What stands there must be what was meant, bit for bit, and it
+The same process then reads the block back from the file. What stands there must be what was meant, bit for bit, and it
 is this that is compared with the base. Doing so at once finds both in the processor's caches; a second pass over the
 files takes longer than the merge. It all runs on the CPU, also beside a GPU: the products are a small part of the
 time, and the copies to a GPU and back would take more than they save.
@@ -12,14 +12,16 @@ time, and the copies to a GPU and back would take more than they save.
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
 
 from qlora_core.errors import MergeError
 from qlora_core.events import Progress, Report
-from qlora_core.merging.blocks import Block, Opened, Scratch, blocks, one_thread_each, opened
+from qlora_core.merging.blocks import Block, Opened, Scratch, blocks, in_processes, opened
 from qlora_core.merging.changes import Change
 from qlora_core.merging.difference import Difference, difference, same_bits
 from qlora_core.merging.tensors import FLOATS, Shard, StoredTensor
@@ -30,7 +32,7 @@ def write_shards(
     shards: Sequence[Shard],
     base: Mapping[str, StoredTensor],
     changes: Mapping[str, Change],
-    threads: int,
+    processes: int,
     report: Report,
 ) -> dict[str, Difference]:
     """Write every shard; tensors without a change keep their bytes, or are cast once.
@@ -39,20 +41,19 @@ def write_shards(
         How what stands in the files differs from the base, by tensor.
 
     Raises:
-        MergeError: there is no room on the disk, or a file does not hold what was written to it.
+        MergeError: there is no room on the disk, a file does not hold what was written to it, or a process was killed.
     """
     _allocate(shards)
+    jobs = [list(blocks(shard.tensors, base)) for shard in shards]
     totals: dict[str, Difference] = {}
-    scratch = Scratch()
-    with one_thread_each(threads) as each:
-        for number, shard in enumerate(shards, start=1):
-            jobs = list(blocks(shard.tensors, base))
-            with opened({base[t.name].file for t in shard.tensors}, [shard.file]) as files:
-                found = each(partial(_merge, files=files, changes=changes, scratch=scratch), jobs)
-            for job, moved in zip(jobs, found, strict=True):
-                name = job.target.name
-                totals[name] = totals[name].plus(moved) if name in totals else moved
-            report(Progress(what="merge", done=number, total=len(shards), unit="shards"))
+    with opened({tensor.file for tensor in base.values()}, [shard.file for shard in shards]) as files:
+        work = partial(_merge, files=files, changes=changes, scratch=Scratch())
+        with closing(in_processes(work, list(chain.from_iterable(jobs)), processes)) as found:
+            for number, of_shard in enumerate(jobs, start=1):
+                for job, moved in zip(of_shard, islice(found, len(of_shard)), strict=True):
+                    name = job.target.name
+                    totals[name] = totals[name].plus(moved) if name in totals else moved
+                report(Progress(what="merge", done=number, total=len(shards), unit="shards"))
     return totals
 
 

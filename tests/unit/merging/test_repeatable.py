@@ -1,5 +1,7 @@
 """The same input gives the same bytes."""
 
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from qlora_core.errors import MergeError
 from qlora_core.events import ignore
+from qlora_core.merging.blocks import in_processes
 from qlora_core.merging.spec import MergeSpec
 from qlora_core.merging.worker import write_model
 from qlora_core.store import sha256_of_file
@@ -36,13 +40,13 @@ def blocks_of_a_few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_any_number_of_threads_writes_the_same_bytes(
+def test_any_number_of_processes_writes_the_same_bytes(
     make_case: Callable[..., MergeSpec], tmp_path: Path, blocks_of_a_few_rows: None, dtype: torch.dtype
 ) -> None:
     case, before, found = make_case("qwen2", dtype), torch.get_num_threads(), []
     try:
-        for threads in (1, 2, 5, 5):
-            torch.set_num_threads(threads)
+        for processes in (1, 2, 5, 5):
+            torch.set_num_threads(processes)
             write_model(case.model_copy(update={"into": tmp_path / f"into-{len(found)}"}), ignore)
             found.append(digests(tmp_path / f"into-{len(found)}"))
     finally:
@@ -62,3 +66,21 @@ def test_a_merge_killed_half_way_is_whole_and_identical_when_repeated(
     write_model(case.model_copy(update={"into": tmp_path / "untouched"}), ignore)
     assert digests(case.into / "model") == digests(tmp_path / "untouched" / "model")
     assert len(list((case.into / "model").glob("*.safetensors"))) > 2
+
+
+def test_a_process_of_the_merge_that_is_killed_is_said_in_words() -> None:
+    def work(job: int) -> int:
+        if job == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return job
+
+    with pytest.raises(MergeError, match="a process of the merge was killed"):
+        list(in_processes(work, range(40), processes=2))
+
+
+def test_what_a_job_raises_reaches_the_caller() -> None:
+    def work(job: int) -> int:
+        raise MergeError(f"job {job}")
+
+    with pytest.raises(MergeError, match="job 0"):
+        list(in_processes(work, range(40), processes=2))

@@ -82,7 +82,7 @@ def test_fan_in_fan_out_weights_equal_peft(tmp_path: Path, save_adapter: Callabl
     base = read_folder(tmp_path / "base")
     (tmp_path / "model").mkdir()
     shards = lay_out(base.values(), None, 10**9, tmp_path / "model")
-    write_shards(shards, base, read_changes(tmp_path / "adapter", base, tied=False), threads=1, report=ignore)
+    write_shards(shards, base, read_changes(tmp_path / "adapter", base, tied=False), processes=1, report=ignore)
     expected = merged_by_peft(tmp_path / "base", tmp_path / "adapter")
     for name, tensor in read(tmp_path / "model").items():
         torch.testing.assert_close(tensor, expected[name], rtol=1e-6, atol=1e-6)
