@@ -76,18 +76,25 @@ def _rows(pack: Pack) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(starts) if b > a]
 
 
-def _heads_first(x: torch.Tensor, repeats: int) -> torch.Tensor:
-    """`[1, heads * repeats, tokens, head_width]`"""
-    return x.repeat_interleave(repeats, dim=1).transpose(0, 1)[None]
+def _grouped(x: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """`[tokens, heads, head_width]` as a view `[kv_heads, heads / kv_heads, tokens, head_width]`."""
+    grouped: torch.Tensor = x.unflatten(1, (kv_heads, -1))
+    return grouped.permute(1, 2, 0, 3)
+
+
+def _for_each_query(x: torch.Tensor, group: int) -> torch.Tensor:
+    """Keys or values in the same form, each standing for all query heads that read it, without copies."""
+    return _grouped(x, x.shape[1]).expand(-1, group, -1, -1)
 
 
 def _attend_row_by_row(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pack: Pack) -> Attended:
     out, log_sum = torch.empty(q.shape, dtype=q.dtype), q.new_empty(q.shape[:2], dtype=torch.float32)
-    group = q.shape[1] // k.shape[1]
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     for row in _rows(pack):
-        parts = _heads_first(q[row], 1), _heads_first(k[row], group), _heads_first(v[row], group)
+        parts = _grouped(q[row], kv_heads), _for_each_query(k[row], group), _for_each_query(v[row], group)
         made, sums = aten._scaled_dot_product_flash_attention_for_cpu(*parts, 0.0, True)
-        out[row], log_sum[row] = made[0].transpose(0, 1), sums[0].view(q.shape[1], -1).t()
+        _grouped(out[row], kv_heads).copy_(made)
+        log_sum[row] = sums.flatten(0, 1).t()
     return Attended(out, log_sum)
 
 
@@ -95,14 +102,14 @@ def _backward_row_by_row(
     grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, made: Attended, pack: Pack
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
-    group = q.shape[1] // k.shape[1]
+    kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
     for row in _rows(pack):
-        parts = _heads_first(q[row], 1), _heads_first(k[row], group), _heads_first(v[row], group)
-        sums = made.log_sum[row].t()[None].contiguous()
+        parts = _grouped(q[row], kv_heads), _for_each_query(k[row], group), _for_each_query(v[row], group)
+        sums = made.log_sum[row].t().unflatten(0, (kv_heads, group)).contiguous()
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _heads_first(grad[row], 1), *parts, _heads_first(made.out[row], 1), sums, 0.0, True
+            _grouped(grad[row], kv_heads), *parts, _grouped(made.out[row], kv_heads), sums, 0.0, True
         )
-        dq[row] = grads[0][0].transpose(0, 1)
+        _grouped(dq[row], kv_heads).copy_(grads[0])
         for whole, part in ((dk, grads[1]), (dv, grads[2])):
-            whole[row] = part[0].unflatten(0, (-1, group)).sum(1).transpose(0, 1)
+            torch.sum(part, 1, out=whole[row].transpose(0, 1))
     return dq, dk, dv

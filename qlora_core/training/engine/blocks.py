@@ -37,7 +37,7 @@ class Kept(NamedTuple):
     """Residual stream after attention."""
     gate_up: torch.Tensor | None = None
     low: torch.Tensor | None = None
-    """What the adapter of `down` made of its input, when it is part of the weight."""
+    """What the first matrix of `down`'s adapter made of its input, unless that was dropped out."""
 
 
 class Context(NamedTuple):

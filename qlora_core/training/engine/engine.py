@@ -133,8 +133,8 @@ class Engine:
         made, normed = self._attention(block, entry, normed, context)
         gate_up = block.gate_up.forward(normed, context.seed)
         del normed
-        inner, low = ops.swiglu(gate_up, block.down.merged_a)
-        return made._replace(gate_up=gate_up, low=low), block.down.forward(inner, context.seed)
+        inner, low = ops.swiglu(gate_up, block.down.single_a)
+        return made._replace(gate_up=gate_up, low=low), block.down.forward(inner, context.seed, low)
 
     def _attention(
         self, block: Block, entry: torch.Tensor, normed: torch.Tensor, context: Context
@@ -178,7 +178,7 @@ class Engine:
         seed: torch.Tensor | None,
     ) -> None:
         """Replace `gate_up` by its gradient."""
-        inner, pair = group.input_grad(grad), group.merged
+        inner, pair = group.input_grad(grad), group.single
         if pair is None:  # the adapter's part of the gradient has to be in before the activation is passed
             group.adapter_grads(grad, ops.swiglu(gate_up, None)[0], seed, inner)
             ops.swiglu_backward(inner, gate_up, None, None)
@@ -186,6 +186,8 @@ class Engine:
         assert low is not None
         low_grad = torch.empty_like(low)
         ops.both_sides(grad, pair.b, low, low_grad, pair.grad_b, pair.scale)
+        if group.apart:
+            inner.addmm_(low_grad, pair.a)
         ops.swiglu_backward(inner, gate_up, low_grad, pair.grad_a)
 
     def _normed_backward(

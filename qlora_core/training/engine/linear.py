@@ -31,7 +31,7 @@ class Group:
     def __init__(self, parts: Sequence[Part], bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device):
         self._parts, self._bias, self._dtype, self._device = parts, bias, dtype, device
         self.shape = (parts[-1].columns.stop, parts[0].weight.shape[1])
-        self.apart = any(pair.dropout > 0 for pair in self.pairs)
+        self.apart = self._drops
         """Whether the adapter is computed beside the weight and not as part of it."""
         self._kept: torch.Tensor | None = None
 
@@ -56,13 +56,12 @@ class Group:
         if self._kept is not None and not self.apart:
             self._fill(self._kept)
 
-    def forward(self, x: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
-        """`[tokens, inputs]` to `[tokens, outputs]`."""
+    def forward(self, x: torch.Tensor, seed: torch.Tensor | None, low: torch.Tensor | None = None) -> torch.Tensor:
+        """`[tokens, inputs]` to `[tokens, outputs]`; `low` is the product of `x` and `single_a`, where it was made."""
         y = functional.linear(x, self._weight(), self._bias)
         if self.apart:
-            for part, pair in self._adapted():
-                low = torch.mm(_dropped(x, pair, seed), pair.a.t())
-                y[:, part.columns].addmm_(low, pair.b.t())
+            for (part, pair), mine in zip(self._adapted(), self._lows(x, seed, low), strict=True):
+                y[:, part.columns].addmm_(mine, pair.b.t())
         return y
 
     def input_grad(self, grad: torch.Tensor) -> torch.Tensor:
@@ -75,14 +74,14 @@ class Group:
         return [part.pair for part in self._parts if part.pair is not None]
 
     @property
-    def merged(self) -> Pair | None:
-        """The adapter of a group of one linear, when it is part of the weight."""
-        return None if self.apart or len(self._parts) > 1 else self._parts[0].pair
+    def single(self) -> Pair | None:
+        """The adapter of a group of one linear, when it reads what the linear reads."""
+        return None if self._drops or len(self._parts) > 1 else self._parts[0].pair
 
     @property
-    def merged_a(self) -> torch.Tensor | None:
+    def single_a(self) -> torch.Tensor | None:
         """Its first matrix, `[rank, inputs]`."""
-        return self.merged and self.merged.a
+        return self.single and self.single.a
 
     def adapter_grads(
         self, grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, input_grad: torch.Tensor | None
@@ -95,12 +94,12 @@ class Group:
             seed: of the dropout masks; None for no dropout.
             input_grad: is added to; None when nobody needs it.
         """
-        if self.apart or len(self.pairs) < len(self._parts):
-            self._one_by_one(grad, x, seed, input_grad)
+        if self._stacks(seed):
+            self._wide_output(grad, x, input_grad if self.apart else None)
         else:
-            self._wide_output(grad, x)
+            self._one_by_one(grad, x, seed, input_grad)
 
-    def _wide_output(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+    def _wide_output(self, grad: torch.Tensor, x: torch.Tensor, input_grad: torch.Tensor | None) -> None:
         """All adapters read the same input: it is read once for all of them, and each part of `grad` once."""
         first, count = self.pairs[0], len(self._parts)
         low, rank = torch.mm(x, _stacked(first.a, count).t()), len(first.a)
@@ -109,6 +108,8 @@ class Group:
             mine, pair = slice(number * rank, (number + 1) * rank), self.pairs[number]
             both_sides(grad[:, part.columns], pair.b, low[:, mine], low_grad[:, mine], pair.grad_b, pair.scale)
         add_product(_stacked(first.grad_a, count), low_grad.t(), x)
+        if input_grad is not None:
+            input_grad.addmm_(low_grad, _stacked(first.a, count))
 
     def _one_by_one(
         self, grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, input_grad: torch.Tensor | None
@@ -120,6 +121,23 @@ class Group:
             add_product(pair.grad_a, low_grad.t(), dropped)
             if self.apart and input_grad is not None:
                 _add_input_grad(input_grad, low_grad, pair, seed)
+
+    @property
+    def _drops(self) -> bool:
+        return any(pair.dropout > 0 for pair in self.pairs)
+
+    def _stacks(self, seed: torch.Tensor | None) -> bool:
+        """Whether all linears are adapted and all adapters read the same: their matrices lie one behind the other."""
+        return len(self.pairs) == len(self._parts) and (seed is None or not self._drops)
+
+    def _lows(self, x: torch.Tensor, seed: torch.Tensor | None, low: torch.Tensor | None) -> Sequence[torch.Tensor]:
+        """Of each adapter, the product of its input with its first matrix, `[tokens, rank]`."""
+        if low is not None:
+            return [low]
+        if self._stacks(seed):
+            count = len(self._parts)
+            return torch.mm(x, _stacked(self.pairs[0].a, count).t()).chunk(count, dim=1)
+        return [torch.mm(_dropped(x, pair, seed), pair.a.t()) for pair in self.pairs]
 
     def _adapted(self) -> list[tuple[Part, Pair]]:
         return [(part, part.pair) for part in self._parts if part.pair is not None]

@@ -43,11 +43,11 @@ def rms_norm_backward(
     if h.is_cuda:
         _kernels().rms_norm_backward(h, weight, eps, grad, residual_grad)
         return
-    scale = torch.rsqrt(h.square().mean(-1, keepdim=True) + eps)
+    scale = torch.rsqrt(torch.linalg.vecdot(h, h).div_(h.shape[-1]).add_(eps))[:, None]
     unit = h * scale
     grad *= weight
-    mean = (grad * unit).mean(-1, keepdim=True)
-    residual_grad.add_(grad.addcmul_(unit, mean, value=-1).mul_(scale))
+    mean = torch.linalg.vecdot(grad, unit)[:, None] / h.shape[-1]
+    residual_grad.addcmul_(grad.addcmul_(unit, mean, value=-1), scale)
     torch.mul(unit, weight, out=grad)
 
 
@@ -81,9 +81,8 @@ def swiglu_backward(
     silu = functional.silu(gate)
     if low_grad is not None and grad_a is not None:
         add_product(grad_a, low_grad.t(), silu * up)
-    grad_gate = torch.ops.aten.silu_backward(grad * up, gate)
+    torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate)
     torch.mul(grad, silu, out=up)
-    gate.copy_(grad_gate)
 
 
 def rotate(
@@ -117,7 +116,7 @@ def rotate(
         x = qkv[:, at : at + heads * width].unflatten(1, (heads, width))
         if norm is not None:
             x = rms_norm(x, norm, eps)
-        out[:, at : at + heads * width] = (x * cos[:, None] + _half_turn(x) * sin[:, None]).flatten(1)
+        out[:, at : at + heads * width] = _turned(x, cos, sin).flatten(1)
         at += heads * width
 
 
@@ -134,7 +133,7 @@ def rotate_backward(
         return _kernels().rotate_backward(grads, raw, cos, sin, norms, eps)  # type: ignore[no-any-return]
     parts, at = [], 0
     for grad, norm in zip(grads[:2], norms or (None, None), strict=True):
-        turned = grad * cos[:, None] - _half_turn(grad * sin[:, None])
+        turned = _turned(grad, cos, -sin)
         if norm is not None and raw is not None:
             x = raw[:, at : at + grad[0].numel()].view_as(grad)
             scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
@@ -153,9 +152,9 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         return kernel(logits, targets)
     counts = targets >= 0
     picked = targets.clamp(min=0)[:, None]
-    log_sum = torch.logsumexp(logits, -1, keepdim=True)
-    losses = (log_sum - logits.gather(1, picked)).squeeze(1) * counts
-    logits.sub_(log_sum).exp_()
+    log_shares = torch.log_softmax(logits, -1)
+    losses = -log_shares.gather(1, picked).squeeze(1) * counts
+    torch.exp(log_shares, out=logits)
     logits.scatter_add_(1, picked, logits.new_full(picked.shape, -1.0))
     logits.mul_(counts[:, None])
     return losses
@@ -210,6 +209,9 @@ def add_product(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sca
         grad.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=scale)
 
 
-def _half_turn(x: torch.Tensor) -> torch.Tensor:
-    left, right = x.chunk(2, dim=-1)
-    return torch.cat((-right, left), dim=-1)
+def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """`[tokens, heads, width]` by the angles of `[tokens, width]`; their two halves are the same."""
+    turned, half = x * cos[:, None], x.shape[-1] // 2
+    turned[..., :half].addcmul_(x[..., half:], sin[:, None, :half], value=-1)
+    turned[..., half:].addcmul_(x[..., :half], sin[:, None, half:])
+    return turned
