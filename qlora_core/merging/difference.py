@@ -34,7 +34,7 @@ def difference(before: torch.Tensor, after: torch.Tensor, scratch: Scratch, move
     Args:
         before: rows of the base.
         after: the same rows of the merged model.
-        scratch: this thread's buffers.
+        scratch: this process's buffers.
         moved: whether the tensor was changed, and not only copied or cast.
     """
     if not moved:

@@ -30,7 +30,7 @@ def merge(
 
     The work runs in a child process, and a second one then loads the result with plain transformers. What an
     interrupted attempt left is written anew; the same input gives the same bytes on every run and any number of
-    threads.
+    processes.
 
     Args:
         recipe: output dtype and shard size.
