@@ -48,7 +48,7 @@ def read_rows(path: Path) -> Rows:
         )
     try:
         yield from READERS[suffix](path)
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read as {suffix[1:]}: {error}; write the file again") from None
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, NoReturn
 
-from qlora_core.errors import SourceError
+from qlora_core.errors import QloraError, SourceError
 from qlora_core.hub.disk import require_space
 
 MAX_UNPACKED_BYTES = 64 * 2**30
@@ -36,7 +36,9 @@ def extract(archive: Path, member: str, target: Path) -> Path:
             require_space(target.parent, size, f"unpacking {member}")
             with target.open("wb") as file:
                 shutil.copyfileobj(source, file, 2**20)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError) as error:
+    except (QloraError, MemoryError):
+        raise
+    except Exception as error:  # beside their own errors: names without a character, dates without a month
         raise SourceError(f"{archive} cannot be unpacked: {error}; remove it so that it is fetched again") from error
     if target.stat().st_size != size:
         raise SourceError(f"{member} of {archive.name} ended early; remove {archive} so that it is fetched again")

@@ -13,11 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 
-from qlora_core.errors import MergeError
+from qlora_core.errors import MergeError, refusing
 
 INDEX = "model.safetensors.index.json"
 HEADER_LENGTH_BYTES = 8
 ALIGNMENT_BYTES = 8
+MAX_DIMENSIONS, MAX_COUNT = 16, 2**63
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that a merge can change or cast; any other tensor is copied as it is."""
 CODES = {dtype: code for code, dtype in FLOATS.items()}
@@ -90,11 +91,10 @@ def read_file(file: Path) -> list[StoredTensor]:
         data_start = HEADER_LENGTH_BYTES + length
         if data_start > size:
             raise _truncated(file, size, data_start)
-        try:
+        with refusing(MergeError, f"the header of {file}"):
             header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError:
-            raise MergeError(f"the header of {file} is not JSON; download or write the file again") from None
-    tensors = [_stored(name, file, entry, data_start) for name, entry in header.items() if name != "__metadata__"]
+            named = [(name, entry) for name, entry in header.items() if name != "__metadata__"]
+            tensors = [_stored(name, file, entry, data_start) for name, entry in named]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.bytes))
     end = data_start
     for tensor in tensors:
@@ -158,13 +158,23 @@ def write_bytes(descriptor: int, data: torch.Tensor, offset: int) -> None:
 def _read_index(folder: Path) -> dict[str, str]:
     if not (folder / INDEX).is_file():
         return {}
-    weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
-    return weight_map
+    with refusing(MergeError, str(folder / INDEX)):
+        weight_map: dict[str, str] = json.loads((folder / INDEX).read_text())["weight_map"]
+        outside = [name for name in weight_map.values() if not name or Path(name).name != name]
+        if outside:
+            raise ValueError(f"it names {outside[0]!r}; shards lie beside it")
+        return weight_map
 
 
 def _stored(name: str, file: Path, entry: dict[str, Any], data_start: int) -> StoredTensor:
     first, last = entry["data_offsets"]
-    return StoredTensor(name, file, entry["dtype"], tuple(entry["shape"]), data_start + first, last - first)
+    dtype, shape = str(entry["dtype"]), tuple(entry["shape"])
+    counts = (*shape, first, last - first)
+    if len(shape) > MAX_DIMENSIONS or not all(isinstance(count, int) and 0 <= count < MAX_COUNT for count in counts):
+        raise ValueError(f"{name} has the shape {shape} at the bytes from {first} to {last}")
+    if dtype in FLOATS and prod(shape) * FLOATS[dtype].itemsize != last - first:
+        raise ValueError(f"{name} of the shape {shape} in {dtype} has {last - first} bytes")
+    return StoredTensor(name, file, dtype, shape, data_start + first, last - first)
 
 
 def _truncated(file: Path, size: int, expected: int) -> MergeError:

@@ -8,7 +8,7 @@ from bitsandbytes.nn import Linear4bit
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, GPTQConfig, PreTrainedModel
 
 from qlora_core.artifacts import Architecture, ModelSnapshot
-from qlora_core.errors import SourceError
+from qlora_core.errors import SourceError, refusing
 from qlora_core.modeling.bases import GPTQ_BACKEND, require_kernels
 from qlora_core.modeling.device import compute_dtype
 from qlora_core.modeling.lora import IN_BLOCK
@@ -93,24 +93,22 @@ def read_architecture(path: Path) -> Architecture:
         SourceError: the folder holds no causal language model that transformers knows.
     """
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=may_run_code(path))
-    except (OSError, ValueError) as error:
-        raise SourceError(
-            f"{path} is not a model folder that transformers can read: {error}{needs_code(path)}"
-        ) from None
-    tied = bool(getattr(config, "tie_word_embeddings", False))
-    return Architecture(
-        model_type=config.model_type,
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
-        heads=config.num_attention_heads,
-        kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        vocab=config.vocab_size,
-        context_tokens=config.max_position_embeddings,
-        parameters=count_parameters(path),
-        tied_embeddings=tied,
-    )
+        with refusing(SourceError, f"the model folder {path}"):
+            config = AutoConfig.from_pretrained(path, trust_remote_code=may_run_code(path))
+            return Architecture(
+                model_type=config.model_type,
+                layers=config.num_hidden_layers,
+                hidden=config.hidden_size,
+                intermediate=config.intermediate_size,
+                heads=config.num_attention_heads,
+                kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+                vocab=config.vocab_size,
+                context_tokens=config.max_position_embeddings,
+                parameters=count_parameters(path),
+                tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
+            )
+    except SourceError as error:
+        raise SourceError(f"{error}{needs_code(path)}") from error.__cause__
 
 
 def count_parameters(path: Path) -> int:

@@ -7,7 +7,7 @@ that a folder of the store holds code exactly when it may run.
 import json
 from pathlib import Path
 
-from qlora_core.errors import SourceError
+from qlora_core.errors import SourceError, refusing
 
 
 def code_files(folder: Path) -> tuple[str, ...]:
@@ -28,7 +28,8 @@ def refuse_code_elsewhere(folder: Path) -> None:
     """
     for name in ("config.json", "tokenizer_config.json"):
         file = folder / name
-        places = json.loads(file.read_text()).get("auto_map", {}) if file.is_file() else {}
+        with refusing(SourceError, str(file)):
+            places = json.loads(file.read_text()).get("auto_map", {}) if file.is_file() else {}
         for place in _flat(places):
             if "--" in place:
                 raise SourceError(
@@ -39,8 +40,11 @@ def refuse_code_elsewhere(folder: Path) -> None:
 
 def needs_code(folder: Path) -> str:
     """A hint to add to an error about a folder that cannot be loaded, empty if its config names no code."""
-    config = folder / "config.json"
-    if not config.is_file() or not json.loads(config.read_text()).get("auto_map") or code_files(folder):
+    try:
+        named = json.loads((folder / "config.json").read_text()).get("auto_map")
+    except (OSError, ValueError, AttributeError, RecursionError):  # what is wrong with it is said by who cannot load it
+        return ""
+    if not named or code_files(folder):
         return ""
     return (
         ". The model brings code of its own: read it, then set `trust_remote_code: true` and pin `revision` beside its "

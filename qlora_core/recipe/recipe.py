@@ -63,8 +63,6 @@ def load_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    from ruamel.yaml.error import YAMLError
-
     if not path.is_file():
         near = sorted(str(p) for p in path.parent.glob("*.y*ml")) if path.parent.is_dir() else []
         hint = f"; in that folder: {', '.join(near)}" if near else ""
@@ -73,7 +71,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise RecipeError(f"{path} has {path.stat().st_size:,} bytes; a recipe has at most {MAX_BYTES:,}")
     try:
         tree = _parse(path.read_text(encoding="utf-8"))
-    except (YAMLError, ValueError) as error:  # values that are no dates or numbers after all, text in no encoding
+    except ValueError as error:
         raise RecipeError(f"{path} is not readable as YAML: {_one_line(error)}") from None
     except RecursionError:
         raise RecipeError(f"{path} nests its values too deep, or without end") from None
@@ -83,13 +81,23 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str) -> Any:
-    """The value of a YAML text that is small once its aliases are followed."""
+    """The value of a YAML text that is small once its aliases are followed.
+
+    Raises:
+        ValueError: it is no YAML, or too large.
+        RecursionError: it nests too deep.
+    """
     from ruamel.yaml import YAML
 
     depths = accumulate((char in "[{") - (char in "]}") for char in text)
     if max(depths, default=0) > MAX_DEPTH:
         raise ValueError(f"it nests brackets more than {MAX_DEPTH} deep")
-    value = YAML(typ="safe", pure=True).load(text)
+    try:
+        value = YAML(typ="safe", pure=True).load(text)
+    except (MemoryError, RecursionError):
+        raise
+    except Exception as error:  # beside its own errors: keys that are mappings, values that are no dates after all
+        raise ValueError(str(error)) from error
     _count(value, MAX_VALUES)
     return value
 
@@ -112,8 +120,6 @@ def _one_line(error: Exception) -> str:
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
-    from ruamel.yaml.error import YAMLError
-
     dotted, equals, text = override.partition("=")
     override = shortened(override)
     keys = dotted.strip().split(".")
@@ -121,7 +127,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: write a dotted key and a value, such as `--set train.lora.rank=8`")
     try:
         value = _parse(text)
-    except (YAMLError, ValueError) as error:
+    except ValueError as error:
         raise RecipeError(f"--set {override}: the value is not YAML: {_one_line(error)}") from None
     except RecursionError:
         raise RecipeError(f"--set {override}: the value is nested too deep, or without end") from None
