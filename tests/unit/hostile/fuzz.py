@@ -1,6 +1,6 @@
 """Coverage-guided fuzzing of everything that reads what comes from outside: `make fuzz`, or `make fuzz T=rows S=600`.
 
-What a reader takes or refuses with an error of this package is fine; any other exception, five seconds or a GiB end the
+What a reader takes or refuses with an error of this package is fine; any other exception, ten seconds or a GiB end the
 run and print the input, which then belongs into `test_fuzz.py` or among the hostile inputs. Needs atheris.
 """
 
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-MOST_S, MOST_MIB = 5, 1024
+MOST_S, MOST_MIB = 10, 1024
 MEMORY = Path("/dev/shm")
 """Where a file costs no disk."""
 
