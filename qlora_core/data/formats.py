@@ -20,6 +20,8 @@ from qlora_core.data.reasons import RowProblem
 from qlora_core.data.transcripts import parse
 
 Row = Mapping[str, Any]
+MOST_CHARACTERS = 4_000_000
+"""Of a row's texts: a thousand pages. Encoding more takes a gigabyte of memory, for a row that fits no context."""
 
 ROLES: dict[str, Role] = {
     "system": "system",
@@ -64,8 +66,11 @@ def to_conversation(row: Any, name: str, file: str, number: int) -> Conversation
     if missing:
         raise RowProblem("missing_field", f"`{missing[0]}` is missing; the row has {_names(row)}")
     if form is FORMATS["text"]:
-        return Conversation(tuple(form.read(row)), (), file, number, plain=True)
+        texts = tuple(form.read(row))
+        _check_size(texts)
+        return Conversation(texts, (), file, number, plain=True)
     messages = tuple(form.read(row))
+    _check_size(messages)
     _check_turns(messages)
     return Conversation(messages, _tools(row.get("tools")), file, number)
 
@@ -206,6 +211,12 @@ def _text(row: Row, field: str) -> str:
     if not isinstance(value, str):
         raise RowProblem("wrong_type", f"`{field}` must be text, it is {_short(value)}")
     return value
+
+
+def _check_size(messages: tuple[Message, ...]) -> None:
+    characters = sum(len(message.content) for message in messages)
+    if characters > MOST_CHARACTERS:
+        raise RowProblem("too_large", f"{characters:,} characters; at most {MOST_CHARACTERS:,}")
 
 
 def _check_turns(messages: tuple[Message, ...]) -> None:

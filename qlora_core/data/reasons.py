@@ -30,6 +30,7 @@ REASONS: dict[str, Reason] = {
     "bad_tool_call": Reason(
         "a tool call is not JSON with a name and arguments", 'write {"name": ..., "arguments": {...}}'
     ),
+    "too_large": Reason("the row holds a thousand pages of text", "cut it into several rows"),
     "empty_message": Reason("a question or an answer is empty", "fill it in or remove the row"),
     "no_answer": Reason("there is no assistant turn to learn from", "add an answer or remove the row"),
     "broken_text": Reason("text was damaged when it was decoded", "export it again, as UTF-8"),

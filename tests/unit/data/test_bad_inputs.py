@@ -50,6 +50,8 @@ def calling(value: Any, **fields: Any) -> dict[str, Any]:
 
 
 ROWS = {
+    "a thousand pages": Defect("too_large", answer("word " * 800_001)),
+    "a thousand pages of plain text": Defect("too_large", {"text": "word " * 800_001}, format="text"),
     "a cut line": Defect("not_json", b'{"instruction": "a", "out'),
     "single quotes": Defect("not_json", b"{'instruction': 'a', 'output': 'b'}"),
     "a trailing comma": Defect("not_json", b'{"instruction": "a", "output": "b",}'),
