@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from qlora_core.artifacts import MergedModel, ModelSnapshot
 from qlora_core.errors import MergeError
-from qlora_core.events import ignore
+from qlora_core.events import Note, ignore
 from qlora_core.merging.blocks import Opened
 from qlora_core.merging.deltas import check_deltas
-from qlora_core.merging.logits import agree, check, predict, read_probe, with_adapter
+from qlora_core.merging.logits import LIMITS, Agreement, Limits, agree, check, predict, read_probe, with_adapter
 from qlora_core.merging.merge import merge
 from qlora_core.merging.spec import MergeSpec
 from qlora_core.merging.tensors import StoredTensor, read_folder
@@ -183,6 +184,36 @@ def test_an_adapter_added_at_half_its_scale(make_case: MakeCase) -> None:
     agreement = agree(expected, predict(load_full(case.into / "model", cpu), probe))
     with pytest.raises(MergeError, match=r"does not predict what base \+ adapter predict in float32: .*KL"):
         check(agreement, torch.float32, cpu)
+
+
+def test_a_difference_that_peft_shows_too_is_no_fault_of_the_merge() -> None:
+    """Figures of an adapter that was trained hard: fp32 sums of another order alone make this difference."""
+    cpu, by_peft = torch.device("cpu"), Agreement(1e-3, 8e-4, 0.0, 1.0)
+    with pytest.raises(MergeError, match=r"largest logit difference over largest logit 0\.0008 \(at most 0\.0001\)"):
+        check(by_peft, torch.float32, cpu)
+    check(by_peft, torch.float32, cpu, by_peft)
+    with pytest.raises(MergeError, match=r"0\.0017 \(at most 0\.0016\)"):
+        check(by_peft._replace(largest_share=1.7e-3), torch.float32, cpu, by_peft)
+
+
+def test_what_a_hard_trained_adapter_predicts_is_held_against_peft(
+    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With limits that no merge holds, PEFT's own merge is the measure: a right merge passes, a wrong one does not."""
+    monkeypatch.setitem(LIMITS, torch.float32, Limits(0.0, 0.0, 1.0))
+    case, heard = make_case(), []
+    work(case.model_dump(mode="json"), heard.append)
+    assert any("holding it against what PEFT merges" in event.message for event in heard if isinstance(event, Note))
+
+    def load_another_head(folder: Path, device: torch.device) -> PreTrainedModel:
+        model = load_full(folder, device)
+        if folder == case.into / "model":
+            model.get_output_embeddings().weight.data.mul_(1.001)
+        return model
+
+    monkeypatch.setattr("qlora_core.merging.worker.load_full", load_another_head)
+    with pytest.raises(MergeError, match="does not predict what base"):
+        work(case.model_dump(mode="json"), ignore)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
