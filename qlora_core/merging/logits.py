@@ -117,13 +117,16 @@ def check(agreement: Agreement, stored: torch.dtype, device: torch.device, by_pe
         stored: dtype of its weights.
         device: where the predictions were made.
         by_peft: of the model that PEFT itself merges in memory. A model that was trained hard can turn the last bit of
-            its weights into a difference beyond the limits; up to twice what PEFT's merge shows is then allowed.
+            its weights into a difference beyond the limits; up to twice what PEFT's merge shows is then allowed. Only
+            in float32: in 16 bit, rounding itself can lose an adapter, and PEFT's would lose it too.
 
     Raises:
         MergeError: it is worse than rounding explains.
     """
     dtype = max(stored, compute_dtype(device), key=lambda kind: torch.finfo(kind).eps)
-    limits = LIMITS[dtype] if by_peft is None else _widened(LIMITS[dtype], by_peft)
+    limits = LIMITS[dtype]
+    if by_peft is not None and dtype == torch.float32:
+        limits = _widened(limits, by_peft)
     pairs = (
         ("largest logit difference over largest logit", agreement.largest_share, limits.largest_share),
         ("KL divergence in nats", agreement.kl, limits.kl),

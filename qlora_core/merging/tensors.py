@@ -19,6 +19,7 @@ INDEX = "model.safetensors.index.json"
 HEADER_LENGTH_BYTES = 8
 ALIGNMENT_BYTES = 8
 MAX_DIMENSIONS, MAX_COUNT = 16, 2**63
+"""A header that has more lies, and multiplying its counts could take forever."""
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 """The dtypes that a merge can change or cast; any other tensor is copied as it is."""
 CODES = {dtype: code for code, dtype in FLOATS.items()}

@@ -75,7 +75,7 @@ FOUND = [
     pytest.param("archive", zip_of_no_name(), id="file without a name"),
     pytest.param("rows", b"\x03" + parquet_of_no_text(), id="column that is no text"),
 ]
-"""What `make fuzz` found; the first byte of rows says what the file is called."""
+"""What `make fuzz` found, and its like; the first byte of rows says what the file is called."""
 
 
 def damaged(content: bytes) -> st.SearchStrategy[bytes]:

@@ -194,6 +194,9 @@ def test_a_difference_that_peft_shows_too_is_no_fault_of_the_merge() -> None:
     check(by_peft, torch.float32, cpu, by_peft)
     with pytest.raises(MergeError, match=r"0\.0017 \(at most 0\.0016\)"):
         check(by_peft._replace(largest_share=1.7e-3), torch.float32, cpu, by_peft)
+    lost = Agreement(1.0, 0.3, 0.1, 0.8)
+    with pytest.raises(MergeError, match=r"in bfloat16: .*0\.3 \(at most 0\.2\)"):
+        check(lost, torch.bfloat16, cpu, lost)
 
 
 def test_what_a_hard_trained_adapter_predicts_is_held_against_peft(
