@@ -5,9 +5,10 @@
     python tests/bench/training_speed.py time DIR/7b --impl ours                one row, one process
     python tests/bench/training_speed.py compare DIR                            all rows, one process each
 
-Rules: random token ids that lie on the GPU, collated as each implementation wants them; labels on every token, LoRA of
-rank 16 on the seven linears without dropout; forward, backward and optimizer are timed, median of the timed steps, peak
-of `torch.cuda.max_memory_allocated` over all steps. Every row is printed as JSON and appended to `--results`.
+Rules: random token ids that lie on the GPU, collated as each implementation wants them; labels on every token, LoRA on
+the seven linears, of rank 16 and without dropout where nothing else is asked for; forward, backward and optimizer are
+timed, median of the timed steps, peak of `torch.cuda.max_memory_allocated` over all steps. Every row is printed as JSON
+and appended to `--results`.
 """
 
 import argparse
@@ -124,7 +125,8 @@ def time_one(args: argparse.Namespace) -> dict[str, object]:
     torch.cuda.synchronize()
     row: dict[str, object] = {
         "shape": Path(args.checkpoint).name, "impl": args.impl, "micro_batch": args.rows, "seq_len": args.seq,
-        "accumulate": args.accumulate, "activation_memory": args.activation_memory, "keep_gib": args.keep_gib,
+        "accumulate": args.accumulate, "rank": args.rank, "dropout": args.dropout,
+        "activation_memory": args.activation_memory, "keep_gib": args.keep_gib,
         "load_s": round(time.perf_counter() - began, 1), "loaded_gib": round(torch.cuda.memory_allocated() / GIB, 2),
         **facts,
     }  # fmt: skip
@@ -177,7 +179,7 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
     device = torch.device("cuda")
     snapshot = _snapshot(Path(args.checkpoint))
-    model = add_lora(load_base(snapshot, device, Quantization()), Lora(dropout=args.dropout))
+    model = add_lora(load_base(snapshot, device, Quantization()), Lora(rank=args.rank, dropout=args.dropout))
     engine = Engine(model, torch.bfloat16, args.activation_memory)
     engine.keep_weights(int(args.keep_gib * GIB))
     run = engine if args.no_graphs else Replayed(engine, ignore)
@@ -206,11 +208,11 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
 def _predicted_gib(snapshot, args: argparse.Namespace) -> float:  # type: ignore[no-untyped-def]
     """What `qlora check` would say, and the weights that stay dequantized."""
-    from qlora_core.recipe import TrainRecipe
+    from qlora_core.recipe import Lora, TrainRecipe
     from qlora_core.training.memory import estimate
 
-    tokens = args.rows * args.seq
-    return estimate(snapshot.architecture, TrainRecipe(), tokens, args.activation_memory).total_gib + args.keep_gib
+    tokens, recipe = args.rows * args.seq, TrainRecipe(lora=Lora(rank=args.rank))
+    return estimate(snapshot.architecture, recipe, tokens, args.activation_memory).total_gib + args.keep_gib
 
 
 def _snapshot(checkpoint: Path):  # type: ignore[no-untyped-def]
@@ -251,7 +253,9 @@ def _transformers(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     model = prepare_model_for_kbit_training(
         model, use_gradient_checkpointing=checkpointing, gradient_checkpointing_kwargs={"use_reentrant": False}
     )
-    lora = LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS, task_type="CAUSAL_LM")
+    lora = LoraConfig(
+        r=args.rank, lora_alpha=16, lora_dropout=args.dropout, target_modules=LINEARS, task_type="CAUSAL_LM"
+    )
     return _autograd_step(get_peft_model(model, lora).train())
 
 
@@ -264,9 +268,9 @@ def _unsloth(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     )
     model = FastLanguageModel.get_peft_model(
         model,
-        r=16,
+        r=args.rank,
         lora_alpha=16,
-        lora_dropout=0,
+        lora_dropout=args.dropout,
         bias="none",
         target_modules=LINEARS,
         use_gradient_checkpointing="unsloth" if args.activation_memory == "small" else False,
@@ -329,7 +333,8 @@ def main() -> None:
     timer.add_argument("--activation-memory", choices=["fast", "balanced", "small"], default="fast")
     timer.add_argument("--keep-gib", type=float, default=0.0, help="memory for weights that stay dequantized")
     timer.add_argument("--no-graphs", action="store_true")
-    timer.add_argument("--dropout", type=float, default=0.0)
+    timer.add_argument("--dropout", type=float, default=0.0, help="of the adapters")
+    timer.add_argument("--rank", type=int, default=16)
     timer.add_argument("--steps", type=int, default=6)
     timer.add_argument("--results", type=Path)
     both = verbs.add_parser("compare")

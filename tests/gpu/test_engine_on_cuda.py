@@ -11,7 +11,7 @@ from qlora_core.training.engine import ops
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.graphs import Replayed
 from qlora_core.training.engine.pack import pack_rows
-from tests.unit.training.engine_models import TARGETS, random_rows, randomize, relative_difference
+from tests.unit.training.engine_models import TARGETS, give_known_dropout, random_rows, randomize, relative_difference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 SHAPE = {
@@ -80,7 +80,7 @@ def folder(request, tmp_path):
     return tmp_path
 
 
-def adapted(folder, dtype: torch.dtype) -> PeftModel:
+def adapted(folder, dtype: torch.dtype, rank: int = 8, dropout: float = 0.0) -> PeftModel:
     """The quantized model with an adapter that is not zero, the same for every dtype."""
     nf4 = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -91,7 +91,8 @@ def adapted(folder, dtype: torch.dtype) -> PeftModel:
     base = AutoModelForCausalLM.from_pretrained(folder, quantization_config=nf4, dtype=dtype, device_map={"": 0})
     base.requires_grad_(False)
     torch.manual_seed(2)
-    model = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"))
+    lora = LoraConfig(r=rank, lora_alpha=16, lora_dropout=dropout, target_modules=TARGETS, task_type="CAUSAL_LM")
+    model = get_peft_model(base, lora)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -132,3 +133,23 @@ def test_loss_and_gradients_are_those_of_peft(folder, memory, lengths):
         assert relative_difference(ours, plain) < 2e-2
         assert relative_difference(ours, exact) < 1.1 * relative_difference(plain, exact)
     assert not notes
+
+
+@pytest.mark.parametrize("rank", [8, 64])
+def test_dropout_is_that_of_peft_with_the_same_masks(folder, rank):
+    rows, seed = random_rows(SHAPE["vocab_size"], (130,)), torch.tensor([5]).cuda()
+    model = adapted(folder, torch.bfloat16, rank, dropout=0.3)
+    engine = Engine(model, torch.bfloat16)
+    run = Replayed(engine, lambda event: None)
+    pack = pack_rows(rows, fill_up=False).to(torch.device("cuda"))  # a mask's places are those of the row itself
+    for attempt in range(2):  # as it is, replayed with another seed than it was recorded with
+        loss = run.loss_and_grads(pack, seed - 1 + attempt).item()
+        ours = gradients(model).clone()
+        engine.adapter.grads.zero_()
+    exact, plain = (adapted(folder, dtype, rank, dropout=0.3) for dtype in (torch.float32, torch.bfloat16))
+    for reference in (exact, plain):
+        give_known_dropout(reference, 0.3, seed)
+        reference.train()
+    (exact_loss, exact_grads), (_, plain_grads) = plain_pass(exact, rows), plain_pass(plain, rows)
+    assert loss == pytest.approx(exact_loss, rel=1e-3)
+    assert relative_difference(ours, exact_grads) < 1.1 * relative_difference(plain_grads, exact_grads)

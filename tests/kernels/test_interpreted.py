@@ -8,7 +8,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from qlora_core.training.engine import ops
-from qlora_core.training.engine.kernels import cross_entropy, dequantize, elementwise, gated, products
+from qlora_core.training.engine.kernels import cross_entropy, dequantize, dropped, elementwise, gated, products
 from qlora_core.training.engine.weights import Gptq
 from tests.quantized import pack_gptq
 
@@ -88,13 +88,47 @@ def test_cross_entropy():
 
 
 def test_dropout_keeps_its_share_and_its_mask():
-    x, seed = torch.ones(TOKENS, WIDTH), torch.zeros(1, dtype=torch.int64)
-    first, again, other = (elementwise.dropout(x, seed, number, 0.25, None) for number in (0, 0, 1))
+    x, masks = torch.ones(TOKENS, WIDTH), ops.Masks(torch.zeros(1, dtype=torch.int64), 0, 2, 0.25)
+    first, again, other = (dropped.dropout(x, masks.each()[number], None) for number in (0, 0, 1))
     close(first, again)
     assert not torch.equal(first, other)
     assert first.unique().tolist() == [0.0, pytest.approx(1 / 0.75)]
     assert (first > 0).float().mean() == pytest.approx(0.75, abs=0.02)
-    close(elementwise.dropout(x, seed, 0, 0.25, x.clone()), x + first)
+    close(dropped.dropout(x, masks, x.clone()), x + first)
+
+
+def test_dropout_masks_are_not_alike():
+    """Neither the masks of a step nor those of two steps, nor a mask and itself a place or a row further on."""
+    x, rate = torch.ones(400, WIDTH), 0.25
+    masks = [
+        dropped.dropout(x, ops.Masks(torch.tensor([seed]), number, 1, rate), None) > 0
+        for seed in (0, 1)
+        for number in (0, 1, 2)
+    ]
+    masks += [masks[0].roll(shift, dims) for shift, dims in ((1, 1), (1, 0), (16, 1))]
+    chance, both = (1 - rate) ** 2, torch.stack([mask.flatten() for mask in masks]).float()
+    together = both @ both.t() / both.shape[1]
+    off_diagonal = together[~torch.eye(len(masks), dtype=torch.bool)]
+    assert (off_diagonal - chance).abs().max() < 5 * (chance * (1 - chance) / both.shape[1]) ** 0.5
+
+
+@pytest.mark.parametrize("rank", [RANK, 64])
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_products_of_adapters_with_what_dropout_leaves(count, rank):
+    x, a = torch.randn(150, WIDTH), torch.randn(count * rank, WIDTH)
+    masks = ops.Masks(torch.tensor([7]), 3, count, 0.3)
+    kept = [dropped.dropout(torch.ones_like(x), mask, None) for mask in masks.each()]
+    parts = [(x * mask, first, mask) for mask, first in zip(kept, a.chunk(count), strict=True)]
+    close(dropped.dropped_low(x, a, masks), torch.cat([left @ first.t() for left, first, _ in parts], 1))
+    low_grad, input_grad, grad_a = torch.randn(150, count * rank), torch.randn(150, WIDTH), torch.ones_like(a)
+    lows = low_grad.chunk(count, dim=1)
+    expected_a = 1 + torch.cat([low.t() @ left for low, (left, _, _) in zip(lows, parts, strict=True)])
+    expected_input = input_grad + sum(low @ first * mask for low, (_, first, mask) in zip(lows, parts, strict=True))
+    dropped.dropped_backward(x, a, low_grad, grad_a, input_grad, masks)
+    close([grad_a, input_grad], [expected_a, expected_input])
+    alone = torch.ones_like(a)
+    dropped.dropped_backward(x, a, low_grad, alone, None, masks)
+    close(alone, expected_a)
 
 
 @pytest.mark.parametrize("nested", [False, True])

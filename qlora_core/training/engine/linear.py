@@ -5,7 +5,7 @@ another pass over the wide outputs. With dropout the adapter reads an input of i
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from qlora_core.errors import TrainingError
 from qlora_core.training.engine.adapter import FlatAdapter, Pair
-from qlora_core.training.engine.ops import add_product, both_sides, dropout
+from qlora_core.training.engine.ops import Masks, add_product, both_sides, dropped_backward, dropped_low
 from qlora_core.training.engine.weights import Weight, weight_of
 
 
@@ -59,8 +59,9 @@ class Group:
     def forward(self, x: torch.Tensor, seed: torch.Tensor | None, low: torch.Tensor | None = None) -> torch.Tensor:
         """`[tokens, inputs]` to `[tokens, outputs]`; `low` is the product of `x` and `single_a`, where it was made."""
         y = functional.linear(x, self._weight(), self._bias)
-        if self.apart:
-            for (part, pair), mine in zip(self._adapted(), self._lows(x, seed, low), strict=True):
+        if self.apart and self.pairs:
+            lows = self._low(x, seed) if low is None else low
+            for (part, pair), mine in zip(self._adapted(), lows.chunk(len(self.pairs), dim=1), strict=True):
                 y[:, part.columns].addmm_(mine, pair.b.t())
         return y
 
@@ -94,50 +95,40 @@ class Group:
             seed: of the dropout masks; None for no dropout.
             input_grad: is added to; None when nobody needs it.
         """
-        if self._stacks(seed):
-            self._wide_output(grad, x, input_grad if self.apart else None)
-        else:
-            self._one_by_one(grad, x, seed, input_grad)
-
-    def _wide_output(self, grad: torch.Tensor, x: torch.Tensor, input_grad: torch.Tensor | None) -> None:
-        """All adapters read the same input: it is read once for all of them, and each part of `grad` once."""
-        first, count = self.pairs[0], len(self._parts)
-        low, rank = torch.mm(x, _stacked(first.a, count).t()), len(first.a)
-        low_grad = torch.empty_like(low)
-        for number, part in enumerate(self._parts):
-            mine, pair = slice(number * rank, (number + 1) * rank), self.pairs[number]
+        if not self.pairs:
+            return
+        low, masks = self._low(x, seed), self._masks(seed)
+        low_grad, rank = torch.empty_like(low), len(self.pairs[0].a)
+        for number, (part, pair) in enumerate(self._adapted()):
+            mine = slice(number * rank, (number + 1) * rank)
             both_sides(grad[:, part.columns], pair.b, low[:, mine], low_grad[:, mine], pair.grad_b, pair.scale)
-        add_product(_stacked(first.grad_a, count), low_grad.t(), x)
+        a, grad_a = self._stacked("a"), self._stacked("grad_a")
+        input_grad = input_grad if self.apart else None
+        if masks is not None:
+            dropped_backward(x, a, low_grad, grad_a, input_grad, masks)
+            return
+        add_product(grad_a, low_grad.t(), x)
         if input_grad is not None:
-            input_grad.addmm_(low_grad, _stacked(first.a, count))
-
-    def _one_by_one(
-        self, grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, input_grad: torch.Tensor | None
-    ) -> None:
-        for part, pair in self._adapted():
-            grad_part, dropped = grad[:, part.columns], _dropped(x, pair, seed)
-            low, low_grad = torch.mm(dropped, pair.a.t()), torch.mm(grad_part, pair.b)
-            add_product(pair.grad_b, grad_part.t(), low, pair.scale)
-            add_product(pair.grad_a, low_grad.t(), dropped)
-            if self.apart and input_grad is not None:
-                _add_input_grad(input_grad, low_grad, pair, seed)
+            input_grad.addmm_(low_grad, a)
 
     @property
     def _drops(self) -> bool:
         return any(pair.dropout > 0 for pair in self.pairs)
 
-    def _stacks(self, seed: torch.Tensor | None) -> bool:
-        """Whether all linears are adapted and all adapters read the same: their matrices lie one behind the other."""
-        return len(self.pairs) == len(self._parts) and (seed is None or not self._drops)
+    def _masks(self, seed: torch.Tensor | None) -> Masks | None:
+        first = self.pairs[0]
+        return None if seed is None or not self._drops else Masks(seed, first.number, len(self.pairs), first.dropout)
 
-    def _lows(self, x: torch.Tensor, seed: torch.Tensor | None, low: torch.Tensor | None) -> Sequence[torch.Tensor]:
-        """Of each adapter, the product of its input with its first matrix, `[tokens, rank]`."""
-        if low is not None:
-            return [low]
-        if self._stacks(seed):
-            count = len(self._parts)
-            return torch.mm(x, _stacked(self.pairs[0].a, count).t()).chunk(count, dim=1)
-        return [torch.mm(_dropped(x, pair, seed), pair.a.t()) for pair in self.pairs]
+    def _low(self, x: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+        """What the first matrices of the adapters make of the input, `[tokens, count * rank]`."""
+        masks, a = self._masks(seed), self._stacked("a")
+        return torch.mm(x, a.t()) if masks is None else dropped_low(x, a, masks)
+
+    def _stacked(self, name: Literal["a", "grad_a"]) -> torch.Tensor:
+        """The first matrices of the adapters, one above the other: so they lie in memory."""
+        first: torch.Tensor = getattr(self.pairs[0], name)
+        rank, inputs = first.shape
+        return first.as_strided((len(self.pairs) * rank, inputs), (inputs, 1))
 
     def _adapted(self) -> list[tuple[Part, Pair]]:
         return [(part, part.pair) for part in self._parts if part.pair is not None]
@@ -186,20 +177,3 @@ def _joined(
     sizes = [part.columns.stop - part.columns.start for part in parts]
     zero = [torch.zeros(size) if bias is None else bias.detach() for bias, size in zip(biases, sizes, strict=True)]
     return torch.cat([part.to(device, dtype) for part in zero])
-
-
-def _stacked(first: torch.Tensor, count: int) -> torch.Tensor:
-    """A matrix and those that lie behind it in memory, one above the other."""
-    rank, inputs = first.shape
-    return first.as_strided((count * rank, inputs), (inputs, 1))
-
-
-def _dropped(x: torch.Tensor, pair: Pair, seed: torch.Tensor | None) -> torch.Tensor:
-    return x if pair.dropout == 0 or seed is None else dropout(x, seed, pair.number, pair.dropout, None)
-
-
-def _add_input_grad(input_grad: torch.Tensor, low_grad: torch.Tensor, pair: Pair, seed: torch.Tensor | None) -> None:
-    if pair.dropout == 0 or seed is None:
-        input_grad.addmm_(low_grad, pair.a)
-    else:
-        dropout(torch.mm(low_grad, pair.a), seed, pair.number, pair.dropout, input_grad)

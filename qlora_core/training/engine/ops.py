@@ -4,6 +4,7 @@ All tensors are flat over tokens: `[tokens, width]`. What is replaced in place i
 """
 
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional
@@ -11,6 +12,24 @@ from torch.nn import functional
 LARGEST_FUSED_RANK = 32
 """Above it, sums of partial products would cost as much memory traffic as reading the wide matrices again."""
 Norms = tuple[torch.Tensor, torch.Tensor]
+
+
+class Masks(NamedTuple):
+    """Dropout masks with consecutive numbers; each depends on seed and number alone.
+
+    A share `rate` of the values is zeroed and the rest scaled up.
+    """
+
+    seed: torch.Tensor
+    """int64, one value, on the device of what is dropped, so that a CUDA graph can be replayed with another."""
+    number: int
+    """Of the first."""
+    count: int  # type: ignore[assignment]  # a tuple's own is of no use here
+    rate: float
+
+    def each(self) -> list["Masks"]:
+        """One by one."""
+        return [Masks(self.seed, self.number + at, 1, self.rate) for at in range(self.count)]
 
 
 def _kernels() -> ModuleType:
@@ -160,21 +179,68 @@ def cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return losses
 
 
-def dropout(x: torch.Tensor, seed: torch.Tensor, number: int, rate: float, add_to: torch.Tensor | None) -> torch.Tensor:
-    """`x` with a share `rate` of its values zeroed and the rest scaled up; the mask depends on seed and number alone.
+def dropout(x: torch.Tensor, masks: Masks, add_to: torch.Tensor | None) -> torch.Tensor:
+    """`x`, of any shape, dropped out by the first of the masks; added to `add_to` in place, where that is given."""
+    if x.is_cuda:
+        from qlora_core.training.engine.kernels import dropped
+
+        return dropped.dropout(x, masks, add_to)
+    generator = torch.Generator().manual_seed(int(masks.seed) + masks.number)
+    kept = torch.empty_like(x).bernoulli_(1 - masks.rate, generator=generator)
+    made = x * kept.div_(1 - masks.rate)
+    return made if add_to is None else add_to.add_(made)
+
+
+def dropped_low(x: torch.Tensor, a: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """Adapters' first products, `dropout(x) @ a.T`, each with a mask of its own.
 
     Args:
-        x: any shape.
-        seed: int64, one value, on the device of `x`, so that a CUDA graph can be replayed with another.
-        number: which of the masks of this seed.
-        rate: share of zeros.
-        add_to: is added to in place, where given.
+        x: `[tokens, inputs]`
+        a: their first matrices, one above the other, `[count * rank, inputs]`.
+        masks: as many as there are adapters.
+
+    Returns:
+        `[tokens, count * rank]`
     """
     if x.is_cuda:
-        return _kernels().dropout(x, seed, number, rate, add_to)  # type: ignore[no-any-return]
-    generator = torch.Generator().manual_seed(int(seed) + number)
-    dropped = x * torch.empty_like(x).bernoulli_(1 - rate, generator=generator).div_(1 - rate)
-    return dropped if add_to is None else add_to.add_(dropped)
+        from qlora_core.training.engine.kernels import dropped
+
+        return dropped.dropped_low(x, a, masks)
+    parts = [
+        torch.mm(dropout(x, mask, None), part.t())
+        for mask, part in zip(masks.each(), a.chunk(masks.count), strict=True)
+    ]
+    return torch.cat(parts, dim=1)
+
+
+def dropped_backward(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    low_grad: torch.Tensor,
+    grad_a: torch.Tensor,
+    input_grad: torch.Tensor | None,
+    masks: Masks,
+) -> None:
+    """Gradients of `dropped_low`.
+
+    Args:
+        x: as there.
+        a: as there.
+        low_grad: of what it returned.
+        grad_a: is added to; like `a`, fp32.
+        input_grad: is added to; like `x`. None when nobody needs it.
+        masks: as there.
+    """
+    if x.is_cuda:
+        from qlora_core.training.engine.kernels import dropped
+
+        dropped.dropped_backward(x, a, low_grad, grad_a, input_grad, masks)
+        return
+    split = a.chunk(masks.count), low_grad.chunk(masks.count, dim=1), grad_a.chunk(masks.count)
+    for mask, first, low, grad in zip(masks.each(), *split, strict=True):
+        add_product(grad, low.t(), dropout(x, mask, None))
+        if input_grad is not None:
+            dropout(torch.mm(low, first), mask, input_grad)
 
 
 def both_sides(

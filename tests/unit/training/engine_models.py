@@ -4,8 +4,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from peft import PeftModel
+from peft.tuners.lora import LoraLayer
 
 from qlora_core.modeling.rows import TokenRow
+from qlora_core.training.engine import ops
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -34,3 +37,21 @@ def random_rows(vocabulary: int, lengths: Sequence[int]) -> list[TokenRow]:
 def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
     """Norm of the difference over the norm of what was expected."""
     return float((got.float() - expected.float()).norm() / expected.float().norm())
+
+
+class KnownDropout(torch.nn.Module):
+    """The engine's dropout as a layer, so that PEFT's own forward draws the same masks."""
+
+    def __init__(self, masks: ops.Masks) -> None:
+        super().__init__()
+        self._masks = masks
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        ones = torch.ones(x.numel() // x.shape[-1], x.shape[-1], device=x.device)
+        return x * ops.dropout(ones, self._masks, None).view_as(x)
+
+
+def give_known_dropout(model: PeftModel, rate: float, seed: torch.Tensor) -> None:
+    """Make PEFT's forward draw the masks that the engine makes of a seed."""
+    for number, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLayer)):
+        layer.lora_dropout["default"] = KnownDropout(ops.Masks(seed, number, 1, rate))

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -18,12 +17,11 @@ from qlora_core.events import ignore
 from qlora_core.modeling.load import load_base, read_architecture
 from qlora_core.modeling.loss import collate, token_loss
 from qlora_core.recipe import Quantization
-from qlora_core.training.engine import ops
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.families import why_not
 from qlora_core.training.engine.module import FusedLoss
 from qlora_core.training.engine.pack import bucket, pack_rows
-from tests.unit.training.engine_models import TARGETS, random_rows, randomize, relative_difference
+from tests.unit.training.engine_models import TARGETS, give_known_dropout, random_rows, randomize, relative_difference
 
 VOCABULARY, ROWS = 200, (10, 33, 7, 50)
 SHAPE = {
@@ -130,18 +128,6 @@ def test_a_weight_that_bitsandbytes_has_repacked_is_refused(tmp_path):
         Engine(model, torch.float32)
 
 
-class KnownDropout(torch.nn.Module):
-    """The engine's dropout as a layer, so that PEFT's own forward draws the same masks."""
-
-    def __init__(self, rate: float, seed: torch.Tensor, number: int) -> None:
-        super().__init__()
-        self.rate, self.seed, self.number = rate, seed, number
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        mask = ops.dropout(torch.ones(x.numel() // x.shape[-1], x.shape[-1]), self.seed, self.number, self.rate, None)
-        return x * mask.view_as(x)
-
-
 @pytest.mark.parametrize("memory", ["fast", "small"])
 def test_dropout_is_that_of_peft_with_the_same_masks(memory, tmp_path):
     model, seed = adapted(CONFIGS["llama"], tmp_path, lora_dropout=0.3), torch.tensor([5])
@@ -149,9 +135,7 @@ def test_dropout_is_that_of_peft_with_the_same_masks(memory, tmp_path):
     engine = Engine(model, torch.float32, memory)
     loss = engine.loss_and_grads(pack_rows(rows, False), seed).item()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
-    for number, layer in enumerate(layers):
-        layer.lora_dropout["default"] = KnownDropout(0.3, seed, number)
+    give_known_dropout(model, 0.3, seed)
     model.train()
     for parameter in model.parameters():
         parameter.grad = None

@@ -1,4 +1,4 @@
-"""Norms, rotary embedding and dropout, each one pass over memory; arithmetic in fp32."""
+"""Norms and rotary embedding, each one pass over memory; arithmetic in fp32."""
 
 import torch
 import triton
@@ -114,17 +114,6 @@ def _rotate_backward(  # type: ignore[no-untyped-def]
     tl.store(out + inside + half, gy.to(out.dtype.element_ty), mask=ok)
 
 
-@triton.jit
-def _dropout(x, out, seed, number, count, rate, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    ok = at < count
-    keep = tl.rand(tl.load(seed) + number, at) >= rate
-    value = tl.where(keep, tl.load(x + at, mask=ok, other=0).to(tl.float32) / (1 - rate), 0.0)
-    if ADD:
-        value += tl.load(out + at, mask=ok, other=0).to(tl.float32)
-    tl.store(out + at, value.to(out.dtype.element_ty), mask=ok)
-
-
 def _warps(width: int) -> int:
     return 4 if width <= 2048 else 8
 
@@ -193,13 +182,4 @@ def rotate_backward(
         dq, dk, dv, out if raw is None else raw, out, cos, sin, q_weight, k_weight, out.stride(0), query_heads,
         kv_heads, half, eps, norms is not None, HEADS, triton.next_power_of_2(half), num_warps=2,
     )  # fmt: skip
-    return out
-
-
-def dropout(x: torch.Tensor, seed: torch.Tensor, number: int, rate: float, add_to: torch.Tensor | None) -> torch.Tensor:
-    """`x` with a share `rate` of its values zeroed and the rest scaled up; see `ops.dropout`."""
-    out = torch.empty_like(x) if add_to is None else add_to
-    _dropout[(triton.cdiv(x.numel(), COLUMNS),)](
-        x, out, seed, number, x.numel(), rate, add_to is not None, COLUMNS, num_warps=4
-    )
     return out

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_core.training.engine.kernels.products import padded, sum_into
+from qlora_core.training.engine.kernels.products import padded, split, sum_into
 
 COLUMNS = 1024
 TOKENS, WIDE = 64, 64
@@ -99,7 +99,7 @@ def swiglu_low(gate_up: torch.Tensor, a: torch.Tensor) -> tuple[torch.Tensor, to
     width = both // 2
     out, low = gate_up.new_empty(tokens, width), gate_up.new_empty(tokens, rank)
     tiles = triton.cdiv(tokens, TOKENS)
-    chunk, chunks = _split(width, WIDE, triton.cdiv(PROGRAMS, tiles))
+    chunk, chunks = split(width, WIDE, triton.cdiv(PROGRAMS, tiles))
     lows = torch.empty(chunks, tokens, rank, device=gate_up.device, dtype=torch.float32)
     _swiglu_low[(tiles, chunks)](
         gate_up, a, out, lows, tokens, width, rank, chunk, padded(rank), TOKENS, WIDE, num_warps=4, num_stages=3
@@ -114,7 +114,7 @@ def swiglu_backward(
     """Replace `gate_up` by its gradient; `grad_a` `[rank, width]`, fp32, gets `low_grad.T @ activation` added."""
     (tokens, width), rank = grad.shape, 0 if low_grad is None else low_grad.shape[1]
     tiles = triton.cdiv(width, BACKWARD_WIDE)
-    chunk, chunks = _split(tokens, BACKWARD_TOKENS, triton.cdiv(BACKWARD_PROGRAMS, tiles))
+    chunk, chunks = split(tokens, BACKWARD_TOKENS, triton.cdiv(BACKWARD_PROGRAMS, tiles))
     outers = torch.empty(chunks, width, rank, device=grad.device, dtype=torch.float32)
     _swiglu_backward[(tiles, chunks)](
         grad, gate_up, grad if low_grad is None else low_grad, outers, tokens, width, rank, chunk,
@@ -122,9 +122,3 @@ def swiglu_backward(
     )  # fmt: skip
     if grad_a is not None:
         sum_into(outers, grad_a.t(), 1.0, add=True)
-
-
-def _split(length: int, block: int, wanted: int) -> tuple[int, int]:
-    """Length, in whole blocks, and number of about so many pieces."""
-    chunk = triton.cdiv(triton.cdiv(length, max(1, wanted)), block) * block
-    return chunk, triton.cdiv(length, chunk)

@@ -69,6 +69,12 @@ def padded(rank: int) -> int:
     return 0 if rank == 0 else max(SMALLEST_DOT, triton.next_power_of_2(rank))
 
 
+def split(length: int, block: int, wanted: int) -> tuple[int, int]:
+    """Length, in whole blocks, and number of about so many pieces."""
+    chunk = triton.cdiv(triton.cdiv(length, max(1, wanted)), block) * block
+    return chunk, triton.cdiv(length, chunk)
+
+
 def sum_into(partial: torch.Tensor, out: torch.Tensor, scale: float, add: bool) -> None:
     """Sum `partial` `[parts, rows, width]` into `out` `[rows, width]`, in order."""
     parts, rows, width = partial.shape

@@ -1,0 +1,192 @@
+"""An adapter's products with an input of which a share is dropped: masks are made in the tiles and never written.
+
+A mask depends on seed, number and place alone, so that forward and backward make the same one. Each program owns a
+tile of one side and walks along the other. Partial sums go to memory and are added up in a fixed order, so that equal
+inputs give equal bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from qlora_core.training.engine.kernels.products import padded, split, sum_into
+from qlora_core.training.engine.ops import Masks
+
+COLUMNS = 1024
+TOKENS, WIDE = 64, 64
+"""A tile of the forward pass."""
+BACKWARD_TOKENS, BACKWARD_WIDE = 64, 64
+PROGRAMS, BACKWARD_PROGRAMS = 1056, 1056
+"""How finely they are split: 8 for each of an H100's 132 multiprocessors."""
+
+
+@triton.jit
+def _keys(seed, number):  # type: ignore[no-untyped-def]
+    first, second, _, _ = tl.randint4x(tl.load(seed), number)
+    return first.to(tl.uint32), second.to(tl.uint32)
+
+
+@triton.jit
+def _kept(at, first, second, threshold):  # type: ignore[no-untyped-def]
+    """A hash of 32 bits, compared: two rounds of multiply and shift, a key before each."""
+    bits = at.to(tl.uint32) ^ first
+    bits = (bits ^ (bits >> 16)) * 0x7FEB352D
+    bits = (bits ^ (bits >> 15) ^ second) * 0x846CA68B
+    return (bits ^ (bits >> 16)) >= threshold
+
+
+@triton.jit(do_not_specialize=["number", "threshold"])
+def _dropout(x, out, seed, number, count, threshold, scale, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    ok = at < count
+    first, second = _keys(seed, number)
+    keep = _kept(at, first, second, threshold.to(tl.uint32))
+    value = tl.where(keep, tl.load(x + at, mask=ok, other=0).to(tl.float32) * scale, 0.0)
+    if ADD:
+        value += tl.load(out + at, mask=ok, other=0).to(tl.float32)
+    tl.store(out + at, value.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["number", "threshold"])
+def _low(  # type: ignore[no-untyped-def]
+    x, a, lows, seed, number, threshold, tokens, width, rank, chunk,
+    RANK: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    which, of = tl.program_id(0), tl.num_programs(0)  # neighbours in time read the same tile of x
+    rows, ranks = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, RANK)
+    row_ok, rank_ok = rows < tokens, ranks < rank
+    first, second = _keys(seed, number + which)
+    threshold = threshold.to(tl.uint32)
+    total = tl.zeros((TOKENS, RANK), dtype=tl.float32)
+    start = tl.program_id(2) * chunk
+    for at in range(start, tl.minimum(start + chunk, width), WIDE):
+        columns = at + tl.arange(0, WIDE)
+        column_ok = columns < width
+        places = rows[:, None].to(tl.int64) * width + columns[None, :]
+        tile = tl.load(x + places, mask=row_ok[:, None] & column_ok[None, :], other=0)
+        tile = tl.where(_kept(places, first, second, threshold), tile, 0.0).to(x.dtype.element_ty)
+        a_at = a + (which * rank + ranks)[None, :] * width + columns[:, None]
+        a_tile = tl.load(a_at, mask=column_ok[:, None] & rank_ok[None, :], other=0)
+        total += tl.dot(tile, a_tile, input_precision="ieee")
+    low_at = lows + (tl.program_id(2) * tokens + rows)[:, None].to(tl.int64) * of * rank
+    low_at += which * rank + ranks[None, :]
+    tl.store(low_at, total, mask=row_ok[:, None] & rank_ok[None, :])
+
+
+@triton.jit
+def _one(  # type: ignore[no-untyped-def]
+    which, total, grad, tile, places, rows, row_ok, columns, column_ok, a, low_grad, seed, number, threshold,
+    width, rank, of: tl.constexpr, INPUT: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    """Add what one of the adapters has to the gradients of its first matrix and of the input, both unscaled."""
+    ranks = tl.arange(0, RANK)
+    rank_ok = ranks < rank
+    first, second = _keys(seed, number + which)
+    keep = _kept(places, first, second, threshold)
+    low_at = low_grad + rows[:, None] * of * rank + which * rank + ranks[None, :]
+    low = tl.load(low_at, mask=row_ok[:, None] & rank_ok[None, :], other=0)
+    dropped = tl.where(keep, tile, 0.0).to(tile.dtype)
+    total += tl.dot(tl.trans(dropped), low, input_precision="ieee")
+    if INPUT:
+        a_at = a + (which * rank + ranks)[:, None] * width + columns[None, :]
+        a_tile = tl.load(a_at, mask=rank_ok[:, None] & column_ok[None, :], other=0)
+        grad += tl.where(keep, tl.dot(low, a_tile, input_precision="ieee"), 0.0)
+    return total, grad
+
+
+@triton.jit(do_not_specialize=["number", "threshold"])
+def _backward(  # type: ignore[no-untyped-def]
+    x, a, low_grad, input_grad, outer, seed, number, threshold, scale, tokens, width, rank, chunk,
+    OF: tl.constexpr, INPUT: tl.constexpr, RANK: tl.constexpr, TOKENS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    columns, ranks = tl.program_id(0) * WIDE + tl.arange(0, WIDE), tl.arange(0, RANK)
+    column_ok = columns < width
+    threshold = threshold.to(tl.uint32)
+    zero = tl.zeros((WIDE, RANK), dtype=tl.float32)
+    total_0, total_1, total_2 = zero, zero, zero
+    start = tl.program_id(1) * chunk
+    for at in range(start, tl.minimum(start + chunk, tokens), TOKENS):
+        rows = at + tl.arange(0, TOKENS)
+        row_ok = rows < tokens
+        ok = row_ok[:, None] & column_ok[None, :]
+        places = rows[:, None].to(tl.int64) * width + columns[None, :]
+        tile = tl.load(x + places, mask=ok, other=0)
+        grad = tl.zeros((TOKENS, WIDE), dtype=tl.float32)
+        total_0, grad = _one(
+            0, total_0, grad, tile, places, rows, row_ok, columns, column_ok, a, low_grad, seed, number, threshold,
+            width, rank, OF, INPUT, RANK,
+        )  # fmt: skip
+        if OF > 1:
+            total_1, grad = _one(
+                1, total_1, grad, tile, places, rows, row_ok, columns, column_ok, a, low_grad, seed, number, threshold,
+                width, rank, OF, INPUT, RANK,
+            )  # fmt: skip
+        if OF > 2:
+            total_2, grad = _one(
+                2, total_2, grad, tile, places, rows, row_ok, columns, column_ok, a, low_grad, seed, number, threshold,
+                width, rank, OF, INPUT, RANK,
+            )  # fmt: skip
+        if INPUT:
+            grad = tl.load(input_grad + places, mask=ok, other=0).to(tl.float32) + grad * scale
+            tl.store(input_grad + places, grad.to(input_grad.dtype.element_ty), mask=ok)
+    outer_at = outer + (tl.program_id(1) * width + columns)[:, None].to(tl.int64) * OF * rank + ranks[None, :]
+    ok = column_ok[:, None] & (ranks < rank)[None, :]
+    tl.store(outer_at, total_0, mask=ok)
+    if OF > 1:
+        tl.store(outer_at + rank, total_1, mask=ok)
+    if OF > 2:
+        tl.store(outer_at + 2 * rank, total_2, mask=ok)
+
+
+def dropout(x: torch.Tensor, masks: Masks, add_to: torch.Tensor | None) -> torch.Tensor:
+    """`x` with a share of its values zeroed and the rest scaled up; see `ops.dropout`."""
+    out = torch.empty_like(x) if add_to is None else add_to
+    _dropout[(triton.cdiv(x.numel(), COLUMNS),)](
+        x, out, masks.seed, masks.number, x.numel(), _threshold(masks), _scale(masks), add_to is not None, COLUMNS,
+        num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def dropped_low(x: torch.Tensor, a: torch.Tensor, masks: Masks) -> torch.Tensor:
+    """The products of adapters with what dropout leaves of `x`; see `ops.dropped_low`."""
+    (tokens, width), rank = x.shape, len(a) // masks.count
+    tiles = triton.cdiv(tokens, TOKENS)
+    chunk, chunks = split(width, WIDE, PROGRAMS // (tiles * masks.count))
+    lows = torch.empty(chunks, tokens, len(a), device=x.device, dtype=torch.float32)
+    _low[(masks.count, tiles, chunks)](
+        x, a, lows, masks.seed, masks.number, _threshold(masks), tokens, width, rank, chunk, padded(rank), TOKENS, WIDE,
+        num_warps=4, num_stages=3,
+    )  # fmt: skip
+    low = x.new_empty(tokens, len(a))
+    sum_into(lows, low, _scale(masks), add=False)
+    return low
+
+
+def dropped_backward(
+    x: torch.Tensor,
+    a: torch.Tensor,
+    low_grad: torch.Tensor,
+    grad_a: torch.Tensor,
+    input_grad: torch.Tensor | None,
+    masks: Masks,
+) -> None:
+    """Gradients of `dropped_low`; see `ops.dropped_backward`. A group has at most three adapters."""
+    (tokens, width), rank = x.shape, len(a) // masks.count
+    tiles = triton.cdiv(width, BACKWARD_WIDE)
+    chunk, chunks = split(tokens, BACKWARD_TOKENS, BACKWARD_PROGRAMS // tiles)
+    outers = torch.empty(chunks, width, len(a), device=x.device, dtype=torch.float32)
+    _backward[(tiles, chunks)](
+        x, a, low_grad, x if input_grad is None else input_grad, outers, masks.seed, masks.number, _threshold(masks),
+        _scale(masks), tokens, width, rank, chunk, masks.count, input_grad is not None, padded(rank), BACKWARD_TOKENS,
+        BACKWARD_WIDE, num_warps=8, num_stages=2,
+    )  # fmt: skip
+    sum_into(outers, grad_a.t(), _scale(masks), add=True)
+
+
+def _threshold(masks: Masks) -> int:
+    return min(round(masks.rate * 2**32), 2**32 - 1)
+
+
+def _scale(masks: Masks) -> float:
+    return 1 / (1 - masks.rate)
