@@ -47,11 +47,11 @@ def test_kernels_agree_with_torch():
         "norm": (lambda h, w: ops.rms_norm(h, w, 1e-6), h, weight),
         "add": (lambda h, d, w: ops.add_rms_norm(h, d, w, 1e-6), h, d, weight),
         "norm backward": (lambda h, w, g, r: ops.rms_norm_backward(h, w, 1e-6, g, r), h, weight, d, h),
-        "swiglu": (ops.swiglu, wide, torch.randn(16, 200)),
-        "swiglu alone": (lambda x: ops.swiglu(x, None)[0], wide),
+        "swiglu": (lambda x, a: ops.swiglu(x, a, None, None), wide, torch.randn(16, 200)),
+        "swiglu alone": (lambda x: ops.swiglu(x, None, None, None)[0], wide),
         "swiglu backward": (
             lambda g, x, low: (
-                lambda grad_a: (ops.swiglu_backward(g, x, low, grad_a), grad_a)[1]
+                lambda grad_a: (ops.swiglu_backward(g, x, ops.Behind(low, None, grad_a, None), None), grad_a)[1]
             )(torch.zeros(16, 200, device=g.device)),
             d, wide, torch.randn(300, 16),
         ),

@@ -64,16 +64,37 @@ def test_rotary_embedding(normed):
     close(*back)
 
 
-def test_gated_activation_and_the_adapter_behind_it():
-    shapes = (70, 600), (RANK, 300), (70, 300), (70, RANK)  # more than one tile of each
-    gate_up, a, grad, low_grad = (torch.randn(*shape) for shape in shapes)
-    close(gated.swiglu(gate_up), ops.swiglu(gate_up, None)[0])
-    close(list(gated.swiglu_low(gate_up, a)), list(ops.swiglu(gate_up, a)))
-    both(gated.swiglu_backward, ops.swiglu_backward, grad, gate_up, low_grad, torch.ones(RANK, 300))
-    alone = gate_up.clone(), gate_up.clone()
-    gated.swiglu_backward(grad, alone[0], None, None)
-    ops.swiglu_backward(grad, alone[1], None, None)
-    close(*alone)
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("lifted", [False, True])
+@pytest.mark.parametrize("apart", [False, True])
+def test_gated_activation_and_the_adapter_behind_it(apart, lifted, rate):
+    shapes = (70, 600), (RANK, 300), (70, 300), (70, RANK), (70, 2 * RANK), (600, RANK)  # more than one tile of each
+    gate_up, a, grad, low_grad, lift_low, lift_b = (torch.randn(*shape) for shape in shapes)
+    masks = ops.Masks(torch.tensor([5]), 2, 1, rate) if rate else None
+    lift = ops.Lift(lift_low, lift_b) if lifted else None
+    whole = gate_up.clone()
+    if lifted:
+        whole[:, :300] += lift_low[:, :RANK] @ lift_b[:300].t()
+        whole[:, 300:] += lift_low[:, RANK:] @ lift_b[300:].t()
+    mask = dropped.dropout(torch.ones(70, 300), masks, None) if masks else 1.0
+    inner, _ = ops.swiglu(whole, None, None, None)
+    close(list(gated.swiglu_low(gate_up, a, masks, lift)), [inner, (inner * mask) @ a.t()])
+
+    grad_a, expected = torch.ones(RANK, 300), whole.clone()
+    full_grad = grad + (low_grad @ a) * mask if apart else grad
+    ops.swiglu_backward(full_grad.clone(), expected, None, None)
+    gated.swiglu_backward(grad, gate_up, ops.Behind(low_grad, a if apart else None, grad_a, masks), lift)
+    close([gate_up, grad_a], [expected, 1 + low_grad.t() @ (inner * mask)])
+
+
+def test_gated_activation_without_an_adapter_behind_it():
+    gate_up, grad = torch.randn(70, 600), torch.randn(70, 300)
+    close(gated.swiglu(gate_up), ops.swiglu(gate_up, None, None, None)[0])
+    both(
+        lambda g, x: gated.swiglu_backward(g, x, None, None),
+        lambda g, x: ops.swiglu_backward(g, x, None, None),
+        grad, gate_up,
+    )  # fmt: skip
 
 
 def test_both_products_of_an_adapter_read_the_wide_matrix_once():

@@ -36,8 +36,10 @@ class Kept(NamedTuple):
     middle: torch.Tensor | None = None
     """Residual stream after attention."""
     gate_up: torch.Tensor | None = None
+    gate_up_low: torch.Tensor | None = None
+    """Of what is still to be added to `gate_up`."""
     low: torch.Tensor | None = None
-    """What the first matrix of `down`'s adapter made of its input, unless that was dropped out."""
+    """What the first matrix of `down`'s adapter made of its input."""
 
 
 class Context(NamedTuple):

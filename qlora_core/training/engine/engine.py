@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from qlora_core.training.engine import ops
-from qlora_core.training.engine.adapter import FlatAdapter
+from qlora_core.training.engine.adapter import FlatAdapter, Pair
 from qlora_core.training.engine.attention import Attended, attend, attend_backward
 from qlora_core.training.engine.blocks import Block, Context, Kept, read_blocks
 from qlora_core.training.engine.families import adapted_linears, shape_of
@@ -131,10 +131,19 @@ class Engine:
         else:
             entry, normed = ops.add_rms_norm(entry, delta, block.input_norm, self.shape.eps)
         made, normed = self._attention(block, entry, normed, context)
-        gate_up = block.gate_up.forward(normed, context.seed)
+        gate_up, gate_up_low = self._gate_up(block, normed, context)
         del normed
-        inner, low = ops.swiglu(gate_up, block.down.single_a)
-        return made._replace(gate_up=gate_up, low=low), block.down.forward(inner, context.seed, low)
+        pair, masks = _only(block.down.pairs), block.down.masks(context.seed)
+        inner, low = ops.swiglu(gate_up, pair and pair.a, masks, block.gate_up.lift(gate_up_low))
+        delta = block.down.forward(inner, context.seed, low)
+        return made._replace(gate_up=gate_up, gate_up_low=gate_up_low, low=low), delta
+
+    def _gate_up(
+        self, block: Block, normed: torch.Tensor, context: Context
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if block.down.pairs:
+            return block.gate_up.forward_gated(normed, context.seed)
+        return block.gate_up.forward(normed, context.seed), None
 
     def _attention(
         self, block: Block, entry: torch.Tensor, normed: torch.Tensor, context: Context
@@ -154,41 +163,34 @@ class Engine:
         if kept.qkv is None:
             normed = ops.rms_norm(kept.entry, block.input_norm, eps)
             again, normed = self._attention(block, kept.entry, normed, context)
-            kept = again._replace(gate_up=block.gate_up.forward(normed, context.seed), low=kept.low)
-        assert kept.qkv is not None and kept.middle is not None
-        gate_up = kept.gate_up
-        if gate_up is None:
-            gate_up = block.gate_up.forward(ops.rms_norm(kept.middle, block.mlp_norm, eps), context.seed)
-        self._down_backward(block.down, gate_up, kept.low, grad, context.seed)
-        self._normed_backward(block.gate_up, gate_up, kept.middle, block.mlp_norm, grad, context.seed)
-        kept = kept._replace(gate_up=None, middle=None)
-        del gate_up
+            gate_up, low = self._gate_up(block, normed, context)
+            kept = again._replace(gate_up=gate_up, gate_up_low=low, low=kept.low)
+        middle = kept.middle
+        assert middle is not None
+        if kept.gate_up is None:
+            gate_up, low = self._gate_up(block, ops.rms_norm(middle, block.mlp_norm, eps), context)
+            kept = kept._replace(gate_up=gate_up, gate_up_low=low)
+        gate_up = self._down_backward(block, kept, grad, context.seed)
+        self._normed_backward(block.gate_up, gate_up, middle, block.mlp_norm, grad, context.seed)
+        kept = kept._replace(gate_up=None, gate_up_low=None, middle=None)
+        del gate_up, middle
         qkv_grad = self._attention_backward(block, kept, grad, context)
         if need_input:
             self._normed_backward(block.qkv, qkv_grad, kept.entry, block.input_norm, grad, context.seed)
         else:
             block.qkv.adapter_grads(qkv_grad, ops.rms_norm(kept.entry, block.input_norm, eps), context.seed, None)
 
-    def _down_backward(
-        self,
-        group: Group,
-        gate_up: torch.Tensor,
-        low: torch.Tensor | None,
-        grad: torch.Tensor,
-        seed: torch.Tensor | None,
-    ) -> None:
-        """Replace `gate_up` by its gradient."""
-        inner, pair = group.input_grad(grad), group.single
-        if pair is None:  # the adapter's part of the gradient has to be in before the activation is passed
-            group.adapter_grads(grad, ops.swiglu(gate_up, None)[0], seed, inner)
-            ops.swiglu_backward(inner, gate_up, None, None)
-            return
-        assert low is not None
-        low_grad = torch.empty_like(low)
-        ops.both_sides(grad, pair.b, low, low_grad, pair.grad_b, pair.scale)
-        if group.apart:
-            inner.addmm_(low_grad, pair.a)
-        ops.swiglu_backward(inner, gate_up, low_grad, pair.grad_a)
+    def _down_backward(self, block: Block, kept: Kept, grad: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
+        """The gradient of gate and up, in their place."""
+        assert kept.gate_up is not None
+        group = block.down
+        inner_grad, pair, behind = group.input_grad(grad), _only(group.pairs), None
+        if pair is not None and kept.low is not None:
+            low_grad = torch.empty_like(kept.low)
+            ops.both_sides(grad, pair.b, kept.low, low_grad, pair.grad_b, pair.scale)
+            behind = ops.Behind(low_grad, pair.a if group.apart else None, pair.grad_a, group.masks(seed))
+        ops.swiglu_backward(inner_grad, kept.gate_up, behind, block.gate_up.lift(kept.gate_up_low))
+        return kept.gate_up
 
     def _normed_backward(
         self,
@@ -251,14 +253,19 @@ class Engine:
         if self.activation_memory == "fast":
             kept[number] = made
         elif self.activation_memory == "balanced" or (near and self._host is not None):
-            kept[number] = made._replace(gate_up=None)
+            kept[number] = made._replace(gate_up=None, gate_up_low=None)
         elif self._host is None:
             kept[number] = Kept(made.entry, low=made.low)
         else:
-            self._host.store(number, made._replace(gate_up=None))
+            self._host.store(number, made._replace(gate_up=None, gate_up_low=None))
 
     def _fetch(self, kept: dict[int, Kept], number: int) -> Kept:
         mine = kept.pop(number) if self._host is None or number in kept else self._host.take(number)
         if self._host is not None:
             self._host.prefetch(number - 1)
         return mine
+
+
+def _only(pairs: list[Pair]) -> Pair | None:
+    """The adapter of a group of one linear."""
+    return pairs[0] if pairs else None

@@ -1,7 +1,8 @@
 """Linears that read the same input, as one matrix product, with their adapters.
 
 Without dropout the adapter is part of the weight: `W + s B A` is made while dequantizing, and neither direction needs
-another pass over the wide outputs. With dropout the adapter reads an input of its own and stays apart.
+another pass over the wide outputs. With dropout the adapter reads an input of its own and stays apart: masks are made
+inside the kernels that read the input, and the widest outputs get the adapter's part inside the one that reads them.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,15 @@ from torch.nn import functional
 
 from qlora_core.errors import TrainingError
 from qlora_core.training.engine.adapter import FlatAdapter, Pair
-from qlora_core.training.engine.ops import Masks, add_product, both_sides, dropped_backward, dropped_low
+from qlora_core.training.engine.ops import (
+    LARGEST_FUSED_RANK,
+    Lift,
+    Masks,
+    add_product,
+    both_sides,
+    dropped_backward,
+    dropped_low,
+)
 from qlora_core.training.engine.weights import Weight, weight_of
 
 
@@ -57,13 +66,24 @@ class Group:
             self._fill(self._kept)
 
     def forward(self, x: torch.Tensor, seed: torch.Tensor | None, low: torch.Tensor | None = None) -> torch.Tensor:
-        """`[tokens, inputs]` to `[tokens, outputs]`; `low` is the product of `x` and `single_a`, where it was made."""
+        """`[tokens, inputs]` to `[tokens, outputs]`; `low` is what the first matrix of its adapter made of `x`."""
         y = functional.linear(x, self._weight(), self._bias)
         if self.apart and self.pairs:
             lows = self._low(x, seed) if low is None else low
             for (part, pair), mine in zip(self._adapted(), lows.chunk(len(self.pairs), dim=1), strict=True):
                 y[:, part.columns].addmm_(mine, pair.b.t())
         return y
+
+    def forward_gated(self, x: torch.Tensor, seed: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As `forward`, of gate and up; what `lift` makes of the second is still to be added, if there is a second."""
+        fused = self._device.type == "cuda" and len(self.pairs) == 2 and len(self.pairs[0].a) <= LARGEST_FUSED_RANK
+        if not self.apart or not fused:
+            return self.forward(x, seed), None
+        return functional.linear(x, self._weight(), self._bias), self._low(x, seed)
+
+    def lift(self, low: torch.Tensor | None) -> Lift | None:
+        """What `forward_gated` has left out, for the kernel of the activation."""
+        return None if low is None else Lift(low, self._stacked("b"))
 
     def input_grad(self, grad: torch.Tensor) -> torch.Tensor:
         """Gradient of the input but for what `adapter_grads` adds."""
@@ -74,15 +94,11 @@ class Group:
         """The adapters, in order."""
         return [part.pair for part in self._parts if part.pair is not None]
 
-    @property
-    def single(self) -> Pair | None:
-        """The adapter of a group of one linear, when it reads what the linear reads."""
-        return None if self._drops or len(self._parts) > 1 else self._parts[0].pair
-
-    @property
-    def single_a(self) -> torch.Tensor | None:
-        """Its first matrix, `[rank, inputs]`."""
-        return self.single and self.single.a
+    def masks(self, seed: torch.Tensor | None) -> Masks | None:
+        """Of what the adapters read; None without dropout."""
+        if seed is None or not self._drops:
+            return None
+        return Masks(seed, self.pairs[0].number, len(self.pairs), self.pairs[0].dropout)
 
     def adapter_grads(
         self, grad: torch.Tensor, x: torch.Tensor, seed: torch.Tensor | None, input_grad: torch.Tensor | None
@@ -97,7 +113,7 @@ class Group:
         """
         if not self.pairs:
             return
-        low, masks = self._low(x, seed), self._masks(seed)
+        low, masks = self._low(x, seed), self.masks(seed)
         low_grad, rank = torch.empty_like(low), len(self.pairs[0].a)
         for number, (part, pair) in enumerate(self._adapted()):
             mine = slice(number * rank, (number + 1) * rank)
@@ -115,20 +131,16 @@ class Group:
     def _drops(self) -> bool:
         return any(pair.dropout > 0 for pair in self.pairs)
 
-    def _masks(self, seed: torch.Tensor | None) -> Masks | None:
-        first = self.pairs[0]
-        return None if seed is None or not self._drops else Masks(seed, first.number, len(self.pairs), first.dropout)
-
     def _low(self, x: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
         """What the first matrices of the adapters make of the input, `[tokens, count * rank]`."""
-        masks, a = self._masks(seed), self._stacked("a")
+        masks, a = self.masks(seed), self._stacked("a")
         return torch.mm(x, a.t()) if masks is None else dropped_low(x, a, masks)
 
-    def _stacked(self, name: Literal["a", "grad_a"]) -> torch.Tensor:
-        """The first matrices of the adapters, one above the other: so they lie in memory."""
+    def _stacked(self, name: Literal["a", "b", "grad_a"]) -> torch.Tensor:
+        """Matrices of the adapters, all of one shape, one above the other: so they lie in memory."""
         first: torch.Tensor = getattr(self.pairs[0], name)
-        rank, inputs = first.shape
-        return first.as_strided((len(self.pairs) * rank, inputs), (inputs, 1))
+        rows, columns = first.shape
+        return first.as_strided((len(self.pairs) * rows, columns), (columns, 1))
 
     def _adapted(self) -> list[tuple[Part, Pair]]:
         return [(part, part.pair) for part in self._parts if part.pair is not None]

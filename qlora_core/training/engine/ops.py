@@ -32,6 +32,27 @@ class Masks(NamedTuple):
         return [Masks(self.seed, self.number + at, 1, self.rate) for at in range(self.count)]
 
 
+class Lift(NamedTuple):
+    """What adapters that stand apart add to gate and to up: of each, `low @ b.T`."""
+
+    low: torch.Tensor
+    """`[tokens, gate's rank | up's rank]`"""
+    b: torch.Tensor
+    """Gate's above up's, `[2 * width, rank]`."""
+
+
+class Behind(NamedTuple):
+    """The backward of the first product of an adapter, `dropout(x) @ a.T`."""
+
+    low_grad: torch.Tensor
+    """Of that product, `[tokens, rank]`."""
+    a: torch.Tensor | None
+    """`[rank, inputs]`; None when the gradient of `x` has the adapter's part already."""
+    grad_a: torch.Tensor
+    """Like `a`, fp32; is added to."""
+    masks: Masks | None
+
+
 def _kernels() -> ModuleType:
     from qlora_core.training.engine.kernels import elementwise
 
@@ -70,38 +91,67 @@ def rms_norm_backward(
     torch.mul(unit, weight, out=grad)
 
 
-def swiglu(gate_up: torch.Tensor, a: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`silu(gate) * up` of `[tokens, gate | up]` (arXiv:2002.05202), and its product with `a.T`, `[tokens, rank]`."""
+def swiglu(
+    gate_up: torch.Tensor, a: torch.Tensor | None, masks: Masks | None, lift: Lift | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`silu(gate) * up` (arXiv:2002.05202), and the first product of the adapter that reads it.
+
+    Args:
+        gate_up: `[tokens, gate | up]`
+        a: the first matrix of that adapter, `[rank, width]`.
+        masks: of what that adapter reads.
+        lift: is added to gate and up first; only on CUDA, up to the largest fused rank.
+
+    Returns:
+        `[tokens, width]`, and `[tokens, rank]` with an adapter.
+    """
     if gate_up.is_cuda:
         from qlora_core.training.engine.kernels import gated
 
         if a is not None and len(a) <= LARGEST_FUSED_RANK:
-            return gated.swiglu_low(gate_up, a)
+            return gated.swiglu_low(gate_up, a, masks, lift)
         inner = gated.swiglu(gate_up)
     else:
         gate, up = gate_up.chunk(2, dim=1)
         inner = functional.silu(gate).mul_(up)
-    return inner, None if a is None else torch.mm(inner, a.t())
+    if a is None:
+        return inner, None
+    return inner, torch.mm(inner, a.t()) if masks is None else dropped_low(inner, a, masks)
 
 
-def swiglu_backward(
-    grad: torch.Tensor, gate_up: torch.Tensor, low_grad: torch.Tensor | None, grad_a: torch.Tensor | None
-) -> None:
-    """Replace `gate_up` by its gradient; `grad_a`, fp32, gets `low_grad.T @ activation` added."""
+def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor, behind: Behind | None, lift: Lift | None) -> None:
+    """Replace `gate_up` by its gradient.
+
+    Args:
+        grad: of the activation; may be overwritten.
+        gate_up: as in `swiglu`.
+        behind: the adapter that reads the activation.
+        lift: as in `swiglu`.
+    """
     if grad.is_cuda:
         from qlora_core.training.engine.kernels import gated
 
-        if low_grad is not None and grad_a is not None and len(grad_a) > LARGEST_FUSED_RANK:
-            add_product(grad_a, low_grad.t(), gated.swiglu(gate_up))
-            low_grad = grad_a = None
-        gated.swiglu_backward(grad, gate_up, low_grad, grad_a)
+        if behind is not None and behind.low_grad.shape[1] > LARGEST_FUSED_RANK:
+            _behind_backward(behind, gated.swiglu(gate_up), grad)
+            behind = None
+        gated.swiglu_backward(grad, gate_up, behind, lift)
         return
     gate, up = gate_up.chunk(2, dim=1)
     silu = functional.silu(gate)
-    if low_grad is not None and grad_a is not None:
-        add_product(grad_a, low_grad.t(), silu * up)
+    if behind is not None:
+        _behind_backward(behind, silu * up, grad)
     torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate)
     torch.mul(grad, silu, out=up)
+
+
+def _behind_backward(behind: Behind, x: torch.Tensor, grad: torch.Tensor) -> None:
+    low_grad, a, grad_a, masks = behind
+    if masks is not None and a is not None:
+        dropped_backward(x, a, low_grad, grad_a, grad, masks)
+        return
+    add_product(grad_a, low_grad.t(), x)
+    if a is not None:
+        grad.addmm_(low_grad, a)
 
 
 def rotate(

@@ -9,26 +9,26 @@ import torch
 import triton
 import triton.language as tl
 
-from qlora_core.training.engine.kernels.products import padded, split, sum_into
+from qlora_core.training.engine.kernels.products import Tiling, padded, split, sum_into
 from qlora_core.training.engine.ops import Masks
 
 COLUMNS = 1024
-TOKENS, WIDE = 64, 64
-"""A tile of the forward pass."""
-BACKWARD_TOKENS, BACKWARD_WIDE = 64, 64
-PROGRAMS, BACKWARD_PROGRAMS = 1056, 1056
-"""How finely they are split: 8 for each of an H100's 132 multiprocessors."""
+LOW = Tiling(tokens=64, columns=128, programs=528, warps=4, stages=3)
+BACKWARD = Tiling(tokens=16, columns=128, programs=1056, warps=4, stages=3)
+BACKWARD_LARGE_RANK = Tiling(tokens=64, columns=64, programs=1056, warps=8, stages=2)
+LARGE_RANK = 33
 
 
 @triton.jit
-def _keys(seed, number):  # type: ignore[no-untyped-def]
+def keys(seed, number):  # type: ignore[no-untyped-def]
+    """Of one mask."""
     first, second, _, _ = tl.randint4x(tl.load(seed), number)
     return first.to(tl.uint32), second.to(tl.uint32)
 
 
 @triton.jit
-def _kept(at, first, second, threshold):  # type: ignore[no-untyped-def]
-    """A hash of 32 bits, compared: two rounds of multiply and shift, a key before each."""
+def kept(at, first, second, threshold):  # type: ignore[no-untyped-def]
+    """Whether the value at a place stays: a hash of 32 bits, of two rounds of multiply and shift, a key before each."""
     bits = at.to(tl.uint32) ^ first
     bits = (bits ^ (bits >> 16)) * 0x7FEB352D
     bits = (bits ^ (bits >> 15) ^ second) * 0x846CA68B
@@ -39,8 +39,8 @@ def _kept(at, first, second, threshold):  # type: ignore[no-untyped-def]
 def _dropout(x, out, seed, number, count, threshold, scale, ADD: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     ok = at < count
-    first, second = _keys(seed, number)
-    keep = _kept(at, first, second, threshold.to(tl.uint32))
+    first, second = keys(seed, number)
+    keep = kept(at, first, second, threshold.to(tl.uint32))
     value = tl.where(keep, tl.load(x + at, mask=ok, other=0).to(tl.float32) * scale, 0.0)
     if ADD:
         value += tl.load(out + at, mask=ok, other=0).to(tl.float32)
@@ -55,7 +55,7 @@ def _low(  # type: ignore[no-untyped-def]
     which, of = tl.program_id(0), tl.num_programs(0)  # neighbours in time read the same tile of x
     rows, ranks = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS), tl.arange(0, RANK)
     row_ok, rank_ok = rows < tokens, ranks < rank
-    first, second = _keys(seed, number + which)
+    first, second = keys(seed, number + which)
     threshold = threshold.to(tl.uint32)
     total = tl.zeros((TOKENS, RANK), dtype=tl.float32)
     start = tl.program_id(2) * chunk
@@ -64,7 +64,7 @@ def _low(  # type: ignore[no-untyped-def]
         column_ok = columns < width
         places = rows[:, None].to(tl.int64) * width + columns[None, :]
         tile = tl.load(x + places, mask=row_ok[:, None] & column_ok[None, :], other=0)
-        tile = tl.where(_kept(places, first, second, threshold), tile, 0.0).to(x.dtype.element_ty)
+        tile = tl.where(kept(places, first, second, threshold), tile, 0.0).to(x.dtype.element_ty)
         a_at = a + (which * rank + ranks)[None, :] * width + columns[:, None]
         a_tile = tl.load(a_at, mask=column_ok[:, None] & rank_ok[None, :], other=0)
         total += tl.dot(tile, a_tile, input_precision="ieee")
@@ -81,8 +81,8 @@ def _one(  # type: ignore[no-untyped-def]
     """Add what one of the adapters has to the gradients of its first matrix and of the input, both unscaled."""
     ranks = tl.arange(0, RANK)
     rank_ok = ranks < rank
-    first, second = _keys(seed, number + which)
-    keep = _kept(places, first, second, threshold)
+    first, second = keys(seed, number + which)
+    keep = kept(places, first, second, threshold)
     low_at = low_grad + rows[:, None] * of * rank + which * rank + ranks[None, :]
     low = tl.load(low_at, mask=row_ok[:, None] & rank_ok[None, :], other=0)
     dropped = tl.where(keep, tile, 0.0).to(tile.dtype)
@@ -142,7 +142,7 @@ def dropout(x: torch.Tensor, masks: Masks, add_to: torch.Tensor | None) -> torch
     """`x` with a share of its values zeroed and the rest scaled up; see `ops.dropout`."""
     out = torch.empty_like(x) if add_to is None else add_to
     _dropout[(triton.cdiv(x.numel(), COLUMNS),)](
-        x, out, masks.seed, masks.number, x.numel(), _threshold(masks), _scale(masks), add_to is not None, COLUMNS,
+        x, out, masks.seed, masks.number, x.numel(), threshold_of(masks), scale_of(masks), add_to is not None, COLUMNS,
         num_warps=4,
     )  # fmt: skip
     return out
@@ -151,15 +151,15 @@ def dropout(x: torch.Tensor, masks: Masks, add_to: torch.Tensor | None) -> torch
 def dropped_low(x: torch.Tensor, a: torch.Tensor, masks: Masks) -> torch.Tensor:
     """The products of adapters with what dropout leaves of `x`; see `ops.dropped_low`."""
     (tokens, width), rank = x.shape, len(a) // masks.count
-    tiles = triton.cdiv(tokens, TOKENS)
-    chunk, chunks = split(width, WIDE, PROGRAMS // (tiles * masks.count))
+    tiles = triton.cdiv(tokens, LOW.tokens)
+    chunk, chunks = split(width, LOW.columns, LOW.programs // (tiles * masks.count))
     lows = torch.empty(chunks, tokens, len(a), device=x.device, dtype=torch.float32)
     _low[(masks.count, tiles, chunks)](
-        x, a, lows, masks.seed, masks.number, _threshold(masks), tokens, width, rank, chunk, padded(rank), TOKENS, WIDE,
-        num_warps=4, num_stages=3,
+        x, a, lows, masks.seed, masks.number, threshold_of(masks), tokens, width, rank, chunk, padded(rank), LOW.tokens,
+        LOW.columns, num_warps=LOW.warps, num_stages=LOW.stages,
     )  # fmt: skip
     low = x.new_empty(tokens, len(a))
-    sum_into(lows, low, _scale(masks), add=False)
+    sum_into(lows, low, scale_of(masks), add=False)
     return low
 
 
@@ -173,20 +173,23 @@ def dropped_backward(
 ) -> None:
     """Gradients of `dropped_low`; see `ops.dropped_backward`. A group has at most three adapters."""
     (tokens, width), rank = x.shape, len(a) // masks.count
-    tiles = triton.cdiv(width, BACKWARD_WIDE)
-    chunk, chunks = split(tokens, BACKWARD_TOKENS, BACKWARD_PROGRAMS // tiles)
+    tiling = BACKWARD if rank < LARGE_RANK else BACKWARD_LARGE_RANK
+    tiles = triton.cdiv(width, tiling.columns)
+    chunk, chunks = split(tokens, tiling.tokens, tiling.programs // tiles)
     outers = torch.empty(chunks, width, len(a), device=x.device, dtype=torch.float32)
     _backward[(tiles, chunks)](
-        x, a, low_grad, x if input_grad is None else input_grad, outers, masks.seed, masks.number, _threshold(masks),
-        _scale(masks), tokens, width, rank, chunk, masks.count, input_grad is not None, padded(rank), BACKWARD_TOKENS,
-        BACKWARD_WIDE, num_warps=8, num_stages=2,
+        x, a, low_grad, x if input_grad is None else input_grad, outers, masks.seed, masks.number, threshold_of(masks),
+        scale_of(masks), tokens, width, rank, chunk, masks.count, input_grad is not None, padded(rank), tiling.tokens,
+        tiling.columns, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
-    sum_into(outers, grad_a.t(), _scale(masks), add=True)
+    sum_into(outers, grad_a.t(), scale_of(masks), add=True)
 
 
-def _threshold(masks: Masks) -> int:
+def threshold_of(masks: Masks) -> int:
+    """Hashes below it are dropped."""
     return min(round(masks.rate * 2**32), 2**32 - 1)
 
 
-def _scale(masks: Masks) -> float:
+def scale_of(masks: Masks) -> float:
+    """Of what stays."""
     return 1 / (1 - masks.rate)

@@ -4,15 +4,31 @@ Every program owns a strip of columns and a chunk of tokens. Partial sums go to 
 order, so that equal inputs give equal bits.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-WIDE, TALL = 256, 64
 SMALLEST_DOT = 16
-PROGRAMS = 264
-"""At most two for each of an H100's multiprocessors: finer splits cost more in partial sums than they win."""
 SUMMED_ROWS = 8
+
+
+class Tiling(NamedTuple):
+    """How a kernel goes through a matrix: what a program takes at a time, and how many programs share the work.
+
+    All of those in use are the fastest of those tried on an H100, which has 132 multiprocessors. More programs hide
+    more latency, and write more partial sums.
+    """
+
+    tokens: int
+    columns: int
+    programs: int
+    warps: int
+    stages: int
+
+
+BOTH_SIDES = Tiling(tokens=32, columns=512, programs=264, warps=8, stages=3)
 
 
 @triton.jit
@@ -97,16 +113,15 @@ def both_sides(
         grad: `[width, rank]` in fp32, any strides.
         scale: of what is added.
     """
-    (tokens, width), rank = x.shape, m.shape[1]
-    tiles = triton.cdiv(width, WIDE)
-    chunks = max(1, min(PROGRAMS // tiles, triton.cdiv(tokens, 4 * TALL)))
-    chunk = triton.cdiv(triton.cdiv(tokens, chunks), TALL) * TALL
-    chunks = triton.cdiv(tokens, chunk)
+    (tokens, width), rank, tiling = x.shape, m.shape[1], BOTH_SIDES
+    tiles = triton.cdiv(width, tiling.columns)
+    wanted = max(1, min(tiling.programs // tiles, triton.cdiv(tokens, 4 * tiling.tokens)))
+    chunk, chunks = split(tokens, tiling.tokens, wanted)
     lows = torch.empty(tiles, tokens, rank, device=x.device, dtype=torch.float32)
     outers = torch.empty(chunks, width, rank, device=x.device, dtype=torch.float32)
     _both_sides[(tiles, chunks)](
         x, m, u, lows, outers, tokens, width, rank, x.stride(0), m.stride(0), m.stride(1), u.stride(0), chunk,
-        padded(rank), WIDE, TALL, num_warps=8, num_stages=3,
+        padded(rank), tiling.columns, tiling.tokens, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     sum_into(lows, low, 1.0, add=False)
     sum_into(outers, grad, scale, add=True)
