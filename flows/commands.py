@@ -44,12 +44,13 @@ def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
     settings.make_home()
     from flows.retrain import retrain
     from flows.show import show_outcome
-    from tasks.orphans import end_stray_servers
+    from tasks.orphans import born_here, end_stray_servers
 
     if settings.embedded_prefect:
         console.print("[dim]starting the embedded Prefect server …[/]")
         end_stray_servers(settings)
-    outcome = retrain(recipe, force)
+    with born_here():
+        outcome = retrain(recipe, force)
     if outcome is not None:
         show_outcome(outcome, settings)
 
@@ -74,20 +75,25 @@ def sweep_recipe(
     settings.make_home()
     from flows.show import show_sweep
     from flows.sweep import sweep
-    from tasks.orphans import end_stray_servers
+    from tasks.orphans import born_here, end_stray_servers
 
     if settings.embedded_prefect:
         console.print("[dim]starting the embedded Prefect server …[/]")
         end_stray_servers(settings)
-    show_sweep(sweep(path.resolve(), grid, ranges, trials, overrides, force, on, at_once), settings)
+    with born_here():
+        swept = sweep(path.resolve(), grid, ranges, trials, overrides, force, on, at_once)
+    show_sweep(swept, settings)
 
 
 def reconcile_all(settings: Settings) -> None:
     """End what crashed runs left open, and say what was done."""
     settings.make_home()
     from flows.reconcile import reconcile
+    from tasks.orphans import born_here
 
-    for line in reconcile() or ["nothing to do"]:
+    with born_here():
+        done = reconcile()
+    for line in done or ["nothing to do"]:
         console.print(line)
 
 
@@ -104,12 +110,13 @@ def export_model(model: str, kind: Kind, settings: Settings) -> None:
     """Export the version behind an alias and say where it is."""
     settings.make_home()
     from flows.export import export
-    from tasks.orphans import end_stray_servers
+    from tasks.orphans import born_here, end_stray_servers
 
     if settings.embedded_prefect:
         console.print("[dim]starting the embedded Prefect server …[/]")
         end_stray_servers(settings)
-    exported = export(model, kind)
+    with born_here():
+        exported = export(model, kind)
     console.print(f"\nfolder    {exported.path / 'model'}")
 
 

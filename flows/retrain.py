@@ -10,7 +10,7 @@ from tasks.download_task import download
 from tasks.evaluate_task import evaluate
 from tasks.match_task import match
 from tasks.merge_task import merge
-from tasks.orphans import end_orphans, sign
+from tasks.orphans import end_orphans
 from tasks.prepare_task import prepare
 from tasks.promote_task import Outcome, promote
 from tasks.register_task import register
@@ -33,9 +33,7 @@ def retrain(recipe: Recipe, force: bool = False) -> Outcome | None:
     Returns:
         How it ended, or None when nothing has changed since this candidate was judged.
     """
-    settings, alone = Settings(), not deployment.id
-    if alone:
-        sign(str(flow_run.id))
+    settings = Settings()
     if not force and settled(recipe, settings):
         return None
     tracker = Tracker(settings)

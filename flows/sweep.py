@@ -14,7 +14,7 @@ from qlora_core.artifacts import Record
 from qlora_core.recipe import Recipe, load_recipe
 from qlora_core.sweep import Trial, best_of, overrides, parse_space
 from tasks.cancelling import ends_when_cancelled
-from tasks.orphans import end_orphans, sign
+from tasks.orphans import end_orphans
 from tasks.promote_task import Outcome
 from tasks.search import search
 from tasks.settings import Settings
@@ -61,8 +61,6 @@ def sweep(
         load_recipe(recipe, (*set, *overrides(point)))
     points = search(space, trials, base.seed)
     tracker = Tracker(settings)
-    if not deployment.id:
-        sign(str(flow_run.id))
     end_orphans(tracker)
     watched = ends_when_cancelled(str(flow_run.id), has_worker=bool(deployment.id))
     run = tracker.begin(base, str(flow_run.id), flow_run.ui_url, kind="sweep", space=space)

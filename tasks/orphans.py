@@ -1,15 +1,15 @@
 """End what crashed runs left open in MLflow and Prefect; safe beside live flows, which are known by their process."""
 
 import re
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from uuid import UUID
 
 import psutil
 from mlflow.entities import Run
-from prefect import State
+from prefect import State, tags
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed
 
@@ -21,6 +21,8 @@ from tasks.tracking import Tracker, is_process, owner_is_alive, runs_here, this_
 
 GONE = "its process is gone; a new run goes on where it stopped"
 AWAY = "it ended well while this server was away"
+PROCESS = "process "
+"""Begins the tag that names the process of a flow run."""
 INIT_PID = 1
 """Who inherits a process whose parent has died."""
 SERVER = "prefect.server.api.server:create_app"
@@ -45,10 +47,12 @@ def end_orphans(tracker: Tracker) -> list[str]:
     return [run.info.run_id for run in orphans]
 
 
-def sign(flow_run_id: str) -> None:
-    """Leave in Prefect which process a flow run is, where no worker does so; it is all there is before MLflow knows."""
-    with get_client(sync_client=True) as client:
-        client.update_flow_run(UUID(flow_run_id), infrastructure_pid=this_process())
+def born_here() -> AbstractContextManager[object]:
+    """Flow runs begun inside bear a tag with the process, where no worker knows it.
+
+    A tag is there from birth: whatever a run signs itself leaves a moment before it in which it can be killed.
+    """
+    return tags(f"{PROCESS}{this_process()}")
 
 
 def repair_registry(registry: ModelRegistry) -> list[str]:
@@ -96,14 +100,23 @@ def _flow_run_id(run: Run) -> str | None:
 
 def _end_stale_flow_runs(tracker: Tracker) -> None:
     """What Prefect still believes to run, although its process is gone: killed, or it ended while Prefect was away."""
-    is_open = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.RUNNING, StateType.CANCELLING]))
+    open_types = [StateType.PENDING, StateType.RUNNING, StateType.CANCELLING]
+    is_open = FlowRunFilterState(type=FlowRunFilterStateType(any_=open_types))
     with get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=is_open)):
-            owner = run.infrastructure_pid or ""
-            if is_process(owner) and runs_here(owner) and not owner_is_alive(owner):
+            owner = _process_of(run)
+            if runs_here(owner) and not owner_is_alive(owner):
                 ended_well = tracker.status_of_flow(str(run.id)) == "FINISHED"
                 state: State = Completed(message=AWAY) if ended_well else Crashed(message=GONE)
                 client.set_flow_run_state(run.id, state, force=True)
+
+
+def _process_of(run: FlowRun) -> str:
+    """The process that has begun a flow run; empty when that was no command of ours."""
+    if run.deployment_id is not None:  # asked for here, perhaps, but run by a worker
+        return ""
+    owners = (tag.removeprefix(PROCESS) for tag in run.tags if tag.startswith(PROCESS))
+    return next((owner for owner in owners if is_process(owner)), "")
 
 
 def _crash(flow_run_id: str) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from tests.integration.conftest import free_port, wait_until_healthy
 
+STOPPED_WITHIN_S = 90
+"""What systemd gives a service."""
 CHECKOUT = Path(__file__).resolve().parent.parent
 
 
@@ -21,7 +23,7 @@ def running(command: list[str], log: Path, environment: Mapping[str, str]) -> It
             yield process
         finally:
             process.terminate()
-            process.wait(30)
+            process.wait(STOPPED_WITHIN_S)
 
 
 @contextmanager

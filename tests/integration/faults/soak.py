@@ -98,7 +98,8 @@ def check(everything: World, folder: Path, count: int) -> None:
     assert int(client.get_registered_model(NAME).aliases["champion"]) == max(promoted), verdicts
     home = Home(everything, NAME, folder / "home")
     assert {run.info.status for run in runs_of(home)} == {"FINISHED"}
-    assert [run for run in flow_runs(everything, NAME) if run["state_type"] not in FINAL] == []
+    still_open = [run for run in flow_runs(everything, NAME) if run["state_type"] not in FINAL]
+    assert still_open == [], still_open
     assert list((home.store / "work").glob("*")) == []
     store(home, "gc", "--unused-days", "0")
     unneeded = [item for item in json.loads(store(home, "ls", "--json")) if not item["needed_by"]]
