@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import ssl
 import sys
 from collections.abc import Iterator
@@ -33,12 +34,12 @@ from tasks.orphans import MOST_RESTARTS, end_orphans
 from tasks.publishing import announce, resource
 from tasks.registry import Version
 from tasks.settings import Settings
-from tasks.tracking import Tracker
+from tasks.tracking import Tracker, this_process
 from tests.integration.conftest import free_port, qlora
 from tests.integration.hub_server import HubServer
 from tests.integration.hub_server import running as running_hub
 from tests.mailbox import mailbox
-from tests.members import deploy, start
+from tests.members import deploy, flow_run, start
 from tests.servers import CHECKOUT, running
 from tests.team import Team, team, wait_for, worker
 from tests.team_servers import BUCKET
@@ -248,6 +249,19 @@ def test_what_is_killed_again_and_again_is_left_to_a_person(us: Team, recipe: Pa
         wanted = {"tags": {"all_": [f"restart {restart}", "retrain"]}, "state": {"type": {"any_": ["SCHEDULED"]}}}
         killed += [found["id"] for found in us.ask("/flow_runs/filter", flow_runs=wanted)]
     assert len(killed) == 1 + MOST_RESTARTS
+
+
+def test_a_run_that_was_killed_at_its_birth_is_ended_and_a_living_one_is_not(us: Team):
+    """Before MLflow knows of it, a tag is all that says whose it is."""
+    flow = us.ask("/flows/", name="retrain")["id"]
+    gone, here = f"{socket.gethostname()}:1:1.00", this_process()
+    cases = [(state, owner) for state in ("PENDING", "RUNNING") for owner in (gone, here, "elsewhere:1:1.00")]
+    begun = [us.ask("/flow_runs/", flow_id=flow, tags=[f"process {owner}"])["id"] for _, owner in cases]
+    for (state, _), run in zip(cases, begun, strict=True):
+        us.ask(f"/flow_runs/{run}/set_state", state={"type": state}, force=True)
+    end_orphans(Tracker(Settings()))
+    for (state, owner), run in zip(cases, begun, strict=True):
+        assert flow_run(us, run)["state_type"] == ("CRASHED" if owner == gone else state)
 
 
 def put_rows(place: str, content: bytes, us: Team, hub: HubServer, folder: Path) -> dict[str, str]:
