@@ -1,5 +1,8 @@
 """Load a causal language model from a folder: in full precision, or quantized on the way for QLoRA."""
 
+import re
+from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ from qlora_core.modeling.device import compute_dtype
 from qlora_core.modeling.lora import IN_BLOCK
 from qlora_core.modeling.remote_code import may_run_code, needs_code
 from qlora_core.recipe import Quantization
+
+BNB_STATE = re.compile(r"\.weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$")
+GPTQ_STATE = ("qzeros", "scales", "g_idx")
 
 
 def load_full(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -112,16 +118,27 @@ def read_architecture(path: Path) -> Architecture:
 
 
 def count_parameters(path: Path) -> int:
-    """Elements of all tensors in the folder's safetensors files; nothing but their headers is read."""
-    from math import prod
-
+    """Parameters of the model in a folder, as many as it has unquantized, from the headers of its safetensors files."""
     from safetensors import safe_open
 
     total = 0
     for file in sorted(path.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
-            total += sum(prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+            headers = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+            shapes = {name: tuple(header.get_shape()) for name, header in headers.items()}
+            packed = {name for name, header in headers.items() if header.get_dtype() == "U8"}
+        total += sum(_parameters_of(name, shapes, name in packed) for name in shapes)
     return total
+
+
+def _parameters_of(name: str, shapes: Mapping[str, tuple[int, ...]], packed: bool) -> int:
+    """Of one tensor: words and bytes hold several, and what a quantizer needs beside them is none."""
+    stem, _, kind = name.rpartition(".")
+    if BNB_STATE.search(name) or (kind in GPTQ_STATE and f"{stem}.qweight" in shapes):
+        return 0
+    if kind == "qweight" and f"{stem}.g_idx" in shapes:
+        return shapes[f"{stem}.g_idx"][0] * shapes[name][1]
+    return prod(shapes[name]) * (2 if packed else 1)
 
 
 def _load(path: Path, device: torch.device, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
