@@ -17,6 +17,7 @@ LOW = Tiling(tokens=64, columns=128, programs=528, warps=4, stages=3)
 BACKWARD = Tiling(tokens=16, columns=128, programs=1056, warps=4, stages=3)
 BACKWARD_LARGE_RANK = Tiling(tokens=64, columns=64, programs=1056, warps=8, stages=2)
 LARGE_RANK = 33
+"""The smallest of them: more would not fit into registers in the tiles of the others."""
 
 
 @triton.jit
