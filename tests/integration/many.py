@@ -90,7 +90,7 @@ def main() -> int:
             seen: list[int] = []
             wait_for("end of all", lambda: progress(us, ids, seen), PATIENCE_S * count)
             at_a_time = check(us, ids)
-    print(f"{count} submitted at once: all ended well, in their order, {at_a_time} at a time")  # noqa: T201
+            print(f"{count} submitted at once: all ended well, in their order, {at_a_time} at a time")  # noqa: T201
     return 0
 
 
