@@ -145,10 +145,10 @@ def test_products_of_adapters_with_what_dropout_leaves(count, rank):
     lows = low_grad.chunk(count, dim=1)
     expected_a = 1 + torch.cat([low.t() @ left for low, (left, _, _) in zip(lows, parts, strict=True)])
     expected_input = input_grad + sum(low @ first * mask for low, (_, first, mask) in zip(lows, parts, strict=True))
-    dropped.dropped_backward(x, a, low_grad, grad_a, input_grad, masks)
+    dropped.low_backward(ops.Behind(low_grad, a, grad_a, masks), masks, x, input_grad)
     close([grad_a, input_grad], [expected_a, expected_input])
     alone = torch.ones_like(a)
-    dropped.dropped_backward(x, a, low_grad, alone, None, masks)
+    dropped.low_backward(ops.Behind(low_grad, None, alone, masks), masks, x, None)
     close(alone, expected_a)
 
 

@@ -16,12 +16,12 @@ from qlora_core.errors import TrainingError
 from qlora_core.training.engine.adapter import FlatAdapter, Pair
 from qlora_core.training.engine.ops import (
     LARGEST_FUSED_RANK,
+    Behind,
     Lift,
     Masks,
-    add_product,
     both_sides,
-    dropped_backward,
     dropped_low,
+    low_backward,
 )
 from qlora_core.training.engine.weights import Weight, weight_of
 
@@ -113,19 +113,13 @@ class Group:
         """
         if not self.pairs:
             return
-        low, masks = self._low(x, seed), self.masks(seed)
-        low_grad, rank = torch.empty_like(low), len(self.pairs[0].a)
+        low, rank = self._low(x, seed), len(self.pairs[0].a)
+        low_grad = torch.empty_like(low)
         for number, (part, pair) in enumerate(self._adapted()):
             mine = slice(number * rank, (number + 1) * rank)
             both_sides(grad[:, part.columns], pair.b, low[:, mine], low_grad[:, mine], pair.grad_b, pair.scale)
-        a, grad_a = self._stacked("a"), self._stacked("grad_a")
-        input_grad = input_grad if self.apart else None
-        if masks is not None:
-            dropped_backward(x, a, low_grad, grad_a, input_grad, masks)
-            return
-        add_product(grad_a, low_grad.t(), x)
-        if input_grad is not None:
-            input_grad.addmm_(low_grad, a)
+        a = self._stacked("a") if self.apart else None
+        low_backward(Behind(low_grad, a, self._stacked("grad_a"), self.masks(seed)), x, input_grad)
 
     @property
     def _drops(self) -> bool:

@@ -42,12 +42,12 @@ class Lift(NamedTuple):
 
 
 class Behind(NamedTuple):
-    """The backward of the first product of an adapter, `dropout(x) @ a.T`."""
+    """What the backward of the first products of adapters that read one input needs, `dropout(x) @ a.T`."""
 
     low_grad: torch.Tensor
-    """Of that product, `[tokens, rank]`."""
+    """Of these products, `[tokens, count * rank]`."""
     a: torch.Tensor | None
-    """`[rank, inputs]`; None when the gradient of `x` has the adapter's part already."""
+    """`[count * rank, inputs]`; None when the gradient of `x` is not wanted, or has the adapters' part already."""
     grad_a: torch.Tensor
     """Like `a`, fp32; is added to."""
     masks: Masks | None
@@ -132,26 +132,16 @@ def swiglu_backward(grad: torch.Tensor, gate_up: torch.Tensor, behind: Behind | 
         from qlora_core.training.engine.kernels import gated
 
         if behind is not None and behind.low_grad.shape[1] > LARGEST_FUSED_RANK:
-            _behind_backward(behind, gated.swiglu(gate_up), grad)
+            low_backward(behind, gated.swiglu(gate_up), grad)
             behind = None
         gated.swiglu_backward(grad, gate_up, behind, lift)
         return
     gate, up = gate_up.chunk(2, dim=1)
     silu = functional.silu(gate)
     if behind is not None:
-        _behind_backward(behind, silu * up, grad)
+        low_backward(behind, silu * up, grad)
     torch.ops.aten.silu_backward.grad_input(grad * up, gate, grad_input=gate)
     torch.mul(grad, silu, out=up)
-
-
-def _behind_backward(behind: Behind, x: torch.Tensor, grad: torch.Tensor) -> None:
-    low_grad, a, grad_a, masks = behind
-    if masks is not None and a is not None:
-        dropped_backward(x, a, low_grad, grad_a, grad, masks)
-        return
-    add_product(grad_a, low_grad.t(), x)
-    if a is not None:
-        grad.addmm_(low_grad, a)
 
 
 def rotate(
@@ -263,33 +253,30 @@ def dropped_low(x: torch.Tensor, a: torch.Tensor, masks: Masks) -> torch.Tensor:
     return torch.cat(parts, dim=1)
 
 
-def dropped_backward(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    low_grad: torch.Tensor,
-    grad_a: torch.Tensor,
-    input_grad: torch.Tensor | None,
-    masks: Masks,
-) -> None:
-    """Gradients of `dropped_low`.
+def low_backward(behind: Behind, x: torch.Tensor, input_grad: torch.Tensor | None) -> None:
+    """Add to the gradients of first matrices, and, where `behind` has these and there is one, to that of their input.
 
     Args:
-        x: as there.
-        a: as there.
-        low_grad: of what it returned.
-        grad_a: is added to; like `a`, fp32.
-        input_grad: is added to; like `x`. None when nobody needs it.
-        masks: as there.
+        behind: the adapters.
+        x: what they read, `[tokens, inputs]`.
+        input_grad: like `x`.
     """
+    low_grad, a, grad_a, masks = behind
+    if masks is None:
+        add_product(grad_a, low_grad.t(), x)
+        if a is not None and input_grad is not None:
+            input_grad.addmm_(low_grad, a)
+        return
     if x.is_cuda:
         from qlora_core.training.engine.kernels import dropped
 
-        dropped.dropped_backward(x, a, low_grad, grad_a, input_grad, masks)
+        dropped.low_backward(behind, masks, x, input_grad)
         return
-    split = a.chunk(masks.count), low_grad.chunk(masks.count, dim=1), grad_a.chunk(masks.count)
-    for mask, first, low, grad in zip(masks.each(), *split, strict=True):
+    lows = low_grad.chunk(masks.count, dim=1)
+    for mask, low, grad in zip(masks.each(), lows, grad_a.chunk(masks.count), strict=True):
         add_product(grad, low.t(), dropout(x, mask, None))
-        if input_grad is not None:
+    if a is not None and input_grad is not None:
+        for mask, low, first in zip(masks.each(), lows, a.chunk(masks.count), strict=True):
             dropout(torch.mm(low, first), mask, input_grad)
 
 

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from qlora_core.training.engine.kernels.products import Tiling, padded, split, sum_into
-from qlora_core.training.engine.ops import Masks
+from qlora_core.training.engine.ops import Behind, Masks
 
 COLUMNS = 1024
 LOW = Tiling(tokens=64, columns=128, programs=528, warps=4, stages=3)
@@ -164,24 +164,20 @@ def dropped_low(x: torch.Tensor, a: torch.Tensor, masks: Masks) -> torch.Tensor:
     return low
 
 
-def dropped_backward(
-    x: torch.Tensor,
-    a: torch.Tensor,
-    low_grad: torch.Tensor,
-    grad_a: torch.Tensor,
-    input_grad: torch.Tensor | None,
-    masks: Masks,
-) -> None:
-    """Gradients of `dropped_low`; see `ops.dropped_backward`. A group has at most three adapters."""
-    (tokens, width), rank = x.shape, len(a) // masks.count
+def low_backward(behind: Behind, masks: Masks, x: torch.Tensor, input_grad: torch.Tensor | None) -> None:
+    """Gradients of what `dropped_low` computes; see `ops.low_backward`. A group has at most three adapters."""
+    low_grad, a, grad_a, _ = behind
+    (tokens, width), together = x.shape, low_grad.shape[1]
+    rank = together // masks.count
     tiling = BACKWARD if rank < LARGE_RANK else BACKWARD_LARGE_RANK
     tiles = triton.cdiv(width, tiling.columns)
     chunk, chunks = split(tokens, tiling.tokens, tiling.programs // tiles)
-    outers = torch.empty(chunks, width, len(a), device=x.device, dtype=torch.float32)
+    outers = torch.empty(chunks, width, together, device=x.device, dtype=torch.float32)
+    wanted = a is not None and input_grad is not None
     _backward[(tiles, chunks)](
-        x, a, low_grad, x if input_grad is None else input_grad, outers, masks.seed, masks.number, threshold_of(masks),
-        scale_of(masks), tokens, width, rank, chunk, masks.count, input_grad is not None, padded(rank), tiling.tokens,
-        tiling.columns, num_warps=tiling.warps, num_stages=tiling.stages,
+        x, a if wanted else x, low_grad, input_grad if wanted else x, outers, masks.seed, masks.number,
+        threshold_of(masks), scale_of(masks), tokens, width, rank, chunk, masks.count, wanted, padded(rank),
+        tiling.tokens, tiling.columns, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     sum_into(outers, grad_a.t(), scale_of(masks), add=True)
 
