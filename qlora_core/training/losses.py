@@ -5,12 +5,16 @@ from math import inf
 import psutil
 import torch
 from peft import PeftModel
+from transformers import AutoConfig, PretrainedConfig
 
+from qlora_core.artifacts import ModelSnapshot
 from qlora_core.errors import TrainingError
 from qlora_core.events import Note, Report
 from qlora_core.modeling.rows import TokenRows
+from qlora_core.training.engine import families, flash4, quack
+from qlora_core.training.engine.compiled import start, why_not
 from qlora_core.training.engine.engine import Engine
-from qlora_core.training.engine.families import why_not
+from qlora_core.training.engine.families import FAMILIES, shape_of
 from qlora_core.training.engine.module import FusedLoss
 from qlora_core.training.memory import GIB, MemoryPlan, plan_memory
 from qlora_core.training.spec import TrainSpec
@@ -18,6 +22,14 @@ from qlora_core.training.step import LossModule
 
 USABLE = 0.9
 """Share of free memory that is planned with; the rest is for fragmentation and for what others take."""
+
+
+def begin_compiling(base: ModelSnapshot, dtype: torch.dtype) -> None:
+    """Start compiling what the engine will run on the current device, beside the loading of the model."""
+    if base.architecture.model_type in FAMILIES and dtype != torch.float16:
+        config = AutoConfig.from_pretrained(base.path)
+        start("flash4", *_flash4_form(config, dtype))
+        start("quack", quack.form(dtype))
 
 
 def build_loss(
@@ -42,12 +54,14 @@ def _why_plain(model: PeftModel, spec: TrainSpec, longest_row_tokens: int, dtype
         return "strategy zero3 divides weights among processes"
     if dtype == torch.float16:
         return "float16 needs a loss scale"
-    return why_not(model, longest_row_tokens)
+    return families.why_not(model, longest_row_tokens)
 
 
 def _fused(model: PeftModel, spec: TrainSpec, rows: TokenRows, dtype: torch.dtype, report: Report) -> FusedLoss:
     recipe = spec.recipe
     device = next(p.device for p in model.parameters() if p.requires_grad)
+    if device.type == "cuda":
+        report(Note(message=_kernels(model.get_base_model().config, dtype)))
     available = _available_gib(device)
     longest, mean = int(rows.lengths.max()), float(rows.lengths.mean())
     step_tokens = round(mean * recipe.effective_batch_rows / _processes())
@@ -72,6 +86,19 @@ def _available_gib(device: torch.device) -> float:
         mine, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
         return float(mine + free * USABLE / 2) / GIB  # others may train here as well
     return inf
+
+
+def _kernels(config: PretrainedConfig, dtype: torch.dtype) -> str:
+    attention, products = why_not("flash4", *_flash4_form(config, dtype)), why_not("quack", quack.form(dtype))
+    return (
+        f"attention by {'FlashAttention 4' if attention is None else f'cuDNN and FlashAttention 2 ({attention})'}, "
+        f"wide products by {'QuACK' if products is None else f'cuBLAS ({products})'}"
+    )
+
+
+def _flash4_form(config: PretrainedConfig, dtype: torch.dtype) -> tuple[str, ...]:
+    shape = shape_of(config)
+    return flash4.form(shape.query_heads, shape.kv_heads, shape.head_width, dtype)
 
 
 def _describe(plan: MemoryPlan, kept: int, groups: int) -> str:

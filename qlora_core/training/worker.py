@@ -15,7 +15,7 @@ from qlora_core.modeling.tokenizer import load_tokenizer
 from qlora_core.training import checkpoint
 from qlora_core.training.data_parallel import DataParallel
 from qlora_core.training.loop import Loop, plan_work
-from qlora_core.training.losses import build_loss
+from qlora_core.training.losses import begin_compiling, build_loss
 from qlora_core.training.noise import add_embedding_noise
 from qlora_core.training.optimizer import Parameters, build_optimizer
 from qlora_core.training.plots import plot_history
@@ -38,6 +38,7 @@ def train_in(dtype: torch.dtype, peak: float, spec: TrainSpec, device: torch.dev
     """Train with matrix products in `dtype`, of which the device reaches `peak` operations per second."""
     if device.type == "cuda":
         torch.cuda.set_device(device)
+        begin_compiling(spec.base, dtype)
     model = adapted_model(spec, device, dtype)  # first, since transformers quantizes nothing under ZeRO-3
     accelerator = start_processes(spec, device, report)
     report(Note(message=_place(device, dtype, accelerator.num_processes, peak)))

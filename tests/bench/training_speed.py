@@ -5,6 +5,8 @@
     python tests/bench/training_speed.py time DIR/7b --impl ours                one row, one process
     python tests/bench/training_speed.py compare DIR                            all rows, one process each
 
+    python tests/bench/training_speed.py time DIR/7b --shortest 256             rows of 256 to 2048 tokens, ours only
+
 Rules: random token ids that lie on the GPU, collated as each implementation wants them; labels on every token, LoRA on
 the seven linears, of rank 16 and without dropout where nothing else is asked for; forward, backward and optimizer are
 timed, median of the timed steps, peak of `torch.cuda.max_memory_allocated` over all steps. Every row is printed as JSON
@@ -39,7 +41,7 @@ LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 GPTQ_GROUP = 128
 WARM_UP = 3
 GIB = 2**30
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "liger-kernel")
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "unsloth", "liger-kernel", "flash-attn-4")
 
 
 def make(shape: str, tokenizer: Path | None, out: Path, nf4: bool) -> None:
@@ -119,6 +121,8 @@ def time_one(args: argparse.Namespace) -> dict[str, object]:
         import unsloth  # noqa: F401  # patches transformers: must come first
     import torch
 
+    from qlora_core.training.engine.compiled import wait
+
     torch.manual_seed(0)
     began = time.perf_counter()
     collate, step, facts = BUILD[args.impl](args)
@@ -126,7 +130,7 @@ def time_one(args: argparse.Namespace) -> dict[str, object]:
     row: dict[str, object] = {
         "shape": Path(args.checkpoint).name, "impl": args.impl, "micro_batch": args.rows, "seq_len": args.seq,
         "accumulate": args.accumulate, "rank": args.rank, "dropout": args.dropout,
-        "activation_memory": args.activation_memory, "keep_gib": args.keep_gib,
+        "shortest": args.shortest or args.seq, "activation_memory": args.activation_memory, "keep_gib": args.keep_gib,
         "load_s": round(time.perf_counter() - began, 1), "loaded_gib": round(torch.cuda.memory_allocated() / GIB, 2),
         **facts,
     }  # fmt: skip
@@ -140,8 +144,9 @@ def time_one(args: argparse.Namespace) -> dict[str, object]:
             loss = step(batch)
             torch.cuda.synchronize()
             seconds.append(time.perf_counter() - start)
+            wait()  # training would go on with other kernels until then
         median = statistics.median(seconds[WARM_UP:])
-        tokens = args.rows * args.seq * args.accumulate
+        tokens = sum(_lengths(args)) * args.accumulate
         row |= {
             "step_ms": round(median * 1e3, 1), "tokens_per_s": round(tokens / median), "loss": round(float(loss), 4),
             "peak_gib": round(torch.cuda.max_memory_allocated() / GIB, 2), "first_step_s": round(seconds[0], 1),
@@ -149,6 +154,12 @@ def time_one(args: argparse.Namespace) -> dict[str, object]:
     except torch.OutOfMemoryError:
         row["out_of_memory"] = True
     return row | _where()
+
+
+def _lengths(args: argparse.Namespace) -> list[int]:
+    """Tokens of the rows of each micro-batch, from the longest to the shortest in even steps."""
+    shortest = args.shortest or args.seq
+    return [args.seq - (args.seq - shortest) * row // max(1, args.rows - 1) for row in range(args.rows)]
 
 
 def _where() -> dict[str, object]:
@@ -176,9 +187,11 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     from qlora_core.training.engine.engine import Engine
     from qlora_core.training.engine.graphs import Replayed
     from qlora_core.training.engine.pack import Pack, pack_rows
+    from qlora_core.training.losses import begin_compiling
 
     device = torch.device("cuda")
     snapshot = _snapshot(Path(args.checkpoint))
+    begin_compiling(snapshot, torch.bfloat16)
     model = add_lora(load_base(snapshot, device, Quantization()), Lora(rank=args.rank, dropout=args.dropout))
     engine = Engine(model, torch.bfloat16, args.activation_memory)
     engine.keep_weights(int(args.keep_gib * GIB))
@@ -189,8 +202,9 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
 
     def collate(ids: torch.Tensor) -> list[Pack]:
         parts = ids.cpu().numpy().astype(np.int32)
-        rows = [[TokenRow("", row, np.ones(len(row), np.uint8)) for row in part] for part in parts]
-        return [pack_rows(part, fill_up=False).to(device) for part in rows]
+        cut = [[row[:length] for row, length in zip(part, _lengths(args), strict=True)] for part in parts]
+        rows = [[TokenRow("", row, np.ones(len(row), np.uint8)) for row in part] for part in cut]
+        return [pack_rows(part, fill_up=args.shortest is not None).to(device) for part in rows]
 
     def step(packs: list[Pack]) -> torch.Tensor:
         engine.adapter.grads.zero_()
@@ -211,7 +225,7 @@ def _predicted_gib(snapshot, args: argparse.Namespace) -> float:  # type: ignore
     from qlora_core.recipe import Lora, TrainRecipe
     from qlora_core.training.memory import estimate
 
-    tokens, recipe = args.rows * args.seq, TrainRecipe(lora=Lora(rank=args.rank))
+    tokens, recipe = sum(_lengths(args)), TrainRecipe(lora=Lora(rank=args.rank))
     return estimate(snapshot.architecture, recipe, tokens, args.activation_memory).total_gib + args.keep_gib
 
 
@@ -329,6 +343,7 @@ def main() -> None:
     timer.add_argument("--impl", choices=BUILD, default="ours")
     timer.add_argument("--rows", type=int, default=4, help="sequences in a micro-batch")
     timer.add_argument("--seq", type=int, default=2048, help="tokens of a sequence")
+    timer.add_argument("--shortest", type=int, help="tokens of the shortest row; as long as the others if not given")
     timer.add_argument("--accumulate", type=int, default=1, help="micro-batches in a step")
     timer.add_argument("--activation-memory", choices=["fast", "balanced", "small"], default="fast")
     timer.add_argument("--keep-gib", type=float, default=0.0, help="memory for weights that stay dequantized")
@@ -350,6 +365,8 @@ def main() -> None:
     elif args.verb == "compare":
         compare(args.folder, args.results, args.impls, args.shapes)
     else:
+        if args.shortest and args.impl != "ours":
+            parser.error("--shortest: the others would be timed with padding; only ours takes rows of any lengths")
         row = time_one(args)
         print("RESULT", json.dumps(row), flush=True)
         if args.results:

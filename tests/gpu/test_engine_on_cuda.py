@@ -7,10 +7,12 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 
 from qlora_core.events import Note
 from qlora_core.modeling.loss import collate, token_loss
-from qlora_core.training.engine import ops
+from qlora_core.training.engine import attention, flash4, ops
+from qlora_core.training.engine.compiled import settle, start, wait, why_not
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.graphs import Replayed
 from qlora_core.training.engine.pack import pack_rows
+from qlora_core.training.engine.quack import ENOUGH_TOKENS, product
 from tests.unit.training.engine_models import TARGETS, give_known_dropout, random_rows, randomize, relative_difference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -24,6 +26,21 @@ SHAPE = {
     "max_position_embeddings": 512,
 }
 CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config}
+
+
+def compiled_now(kernel, *form: str) -> str | None:
+    """Why a kernel cannot be used, once it is known."""
+    start(kernel, *form)
+    wait()
+    settle()
+    return why_not(kernel, *form)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def newest_kernels():
+    """Where they are installed, the engine runs with them from the first pass of a test on."""
+    compiled_now("flash4", *flash4.form(SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"], 64, torch.bfloat16))
+    compiled_now("quack", "bfloat16")
 
 
 def on_both(function, *tensors: torch.Tensor) -> float:
@@ -112,6 +129,38 @@ def plain_pass(model: PeftModel, rows) -> tuple[float, torch.Tensor]:
         loss = token_loss(model.get_base_model(), collate(rows, 0).to(torch.device("cuda"))).loss_sum
     loss.backward()
     return loss.item(), gradients(model)
+
+
+@pytest.mark.parametrize("row_major", [True, False])
+def test_wide_products_are_those_of_torch(row_major):
+    torch.manual_seed(0)
+    x = torch.randn(ENOUGH_TOKENS + 76, 256).bfloat16()
+    weight = torch.randn(256, 1000).bfloat16() if row_major else torch.randn(1000, 256).bfloat16().t()
+    assert relative_difference(product(x.cuda(), weight.cuda()).cpu(), x.float() @ weight.float()) < 3e-3
+
+
+@pytest.mark.parametrize("lengths", [(700, 3, 130, 1), (256, 256)])
+@pytest.mark.parametrize("head_width", [64, 128])
+@pytest.mark.parametrize("newest", [True, False])
+def test_attention_sees_its_own_row_alone(monkeypatch, lengths, head_width, newest):
+    heads, kv_heads = 6, 2
+    torch.manual_seed(0)
+    pack = pack_rows(random_rows(SHAPE["vocab_size"], lengths), fill_up=True)
+    if not newest:
+        monkeypatch.setattr(attention, "why_not", lambda *kernel: "not wanted")
+    elif reason := compiled_now("flash4", *flash4.form(heads, kv_heads, head_width, torch.bfloat16)):
+        pytest.skip(reason)
+    qkv = torch.randn(len(pack.input_ids), heads + 2 * kv_heads, head_width).bfloat16()
+    grad = torch.randn(len(qkv), heads, head_width).bfloat16()
+
+    def passes(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        q, k, v = qkv.to(device, dtype).split([heads, kv_heads, kv_heads], dim=1)
+        there = pack.to(torch.device(device))
+        made = attention.attend(q, k, v, there)
+        return [made.out, *attention.attend_backward(grad.to(device, dtype), q, k, v, made, there)]
+
+    for ours, exact in zip(passes("cuda", torch.bfloat16), passes("cpu", torch.float32), strict=True):
+        assert relative_difference(ours.cpu(), exact) < 5e-3
 
 
 @pytest.mark.parametrize("lengths", [(40, 90, 7, 130), (64, 64, 64, 64)])

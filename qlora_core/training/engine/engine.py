@@ -17,8 +17,11 @@ from qlora_core.training.engine.families import adapted_linears, shape_of
 from qlora_core.training.engine.linear import Group
 from qlora_core.training.engine.offload import HostMemory
 from qlora_core.training.engine.pack import Pack
+from qlora_core.training.engine.quack import product
 from qlora_core.training.memory import LOGIT_BYTES, ActivationMemory
 
+TILE_ROWS = 256
+"""Of the largest tiles of matrix products."""
 NEAR_THE_END = 2
 """Blocks at the end of the forward that keep everything, because their backward comes at once."""
 
@@ -37,7 +40,7 @@ class Engine:
         base: PreTrainedModel = model.get_base_model()
         decoder = base.get_decoder()
         self.adapter = FlatAdapter(adapted_linears(base), dtype)
-        self.shape = shape_of(base)
+        self.shape = shape_of(base.config)
         self.dtype, self.activation_memory = dtype, activation_memory
         self._embedding = base.get_input_embeddings().weight.detach()
         self._head = base.get_output_embeddings().weight.detach()
@@ -222,11 +225,12 @@ class Engine:
     def _head_loss(self, states: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of losses, and the gradient of `states`; the head runs in chunks, and only where it predicts."""
         picked = states[pack.predicts]
-        chunk = max(64, LOGIT_BYTES // (len(self._head) * self._head.element_size()))
+        chunk = LOGIT_BYTES // (len(self._head) * self._head.element_size())
+        chunk = max(64, chunk // TILE_ROWS * TILE_ROWS)
         loss = torch.zeros((), dtype=torch.float32, device=states.device)
         for start in range(0, len(picked), chunk):
             part = picked[start : start + chunk]
-            logits = torch.mm(part, self._head.t())
+            logits = product(part, self._head.t())
             loss += ops.cross_entropy(logits, pack.targets[start : start + chunk]).sum()
             torch.mm(logits, self._head, out=part)
         return loss, torch.zeros_like(states).index_copy_(0, pack.predicts, picked)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 GROUPS = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -48,9 +48,8 @@ class Shape(NamedTuple):
         return self.kv_heads * self.head_width
 
 
-def shape_of(model: PreTrainedModel) -> Shape:
+def shape_of(config: PretrainedConfig) -> Shape:
     """Of a model whose family is in the table."""
-    config = model.config
     heads = config.num_attention_heads
     return Shape(
         hidden=config.hidden_size,
@@ -70,7 +69,7 @@ def why_not(model: PeftModel, longest_row_tokens: int) -> str | None:
     windowed = window is not None and "sliding_attention" in (getattr(config, "layer_types", None) or ["full"])
     if config.model_type == "mistral":
         windowed = window is not None
-    head_width = shape_of(base).head_width if config.model_type in FAMILIES else 0
+    head_width = shape_of(config).head_width if config.model_type in FAMILIES else 0
     reasons = (
         (config.model_type not in FAMILIES, f"{config.model_type} is not one of {', '.join(FAMILIES)}"),
         (config.model_type in FAMILIES and config.hidden_act != "silu", "its activation is not SiLU"),

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 
 from qlora_core.events import Note, Report
+from qlora_core.training.engine.compiled import settle
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.pack import Pack
 
@@ -36,6 +37,9 @@ class Replayed:
 
     def loss_and_grads(self, pack: Pack, seed: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
         """As the engine's method; the loss is overwritten by the next call."""
+        if joined := settle():
+            self.forget()  # they were recorded with other kernels
+            self._report(Note(message=f"steps from now on use {' and '.join(joined)}"))
         recording = self._recordings.get(pack.shape)
         if recording is not None:
             _fill(recording, pack, seed, noise)

@@ -23,6 +23,7 @@ from qlora_core.training.engine.ops import (
     dropped_low,
     low_backward,
 )
+from qlora_core.training.engine.quack import product
 from qlora_core.training.engine.weights import Weight, weight_of
 
 
@@ -67,7 +68,7 @@ class Group:
 
     def forward(self, x: torch.Tensor, seed: torch.Tensor | None, low: torch.Tensor | None = None) -> torch.Tensor:
         """`[tokens, inputs]` to `[tokens, outputs]`; `low` is what the first matrix of its adapter made of `x`."""
-        y = functional.linear(x, self._weight(), self._bias)
+        y = self._product(x)
         if self.apart and self.pairs:
             lows = self._low(x, seed) if low is None else low
             for (part, pair), mine in zip(self._adapted(), lows.chunk(len(self.pairs), dim=1), strict=True):
@@ -79,7 +80,7 @@ class Group:
         fused = self._device.type == "cuda" and len(self.pairs) == 2 and len(self.pairs[0].a) <= LARGEST_FUSED_RANK
         if not self.apart or not fused:
             return self.forward(x, seed), None
-        return functional.linear(x, self._weight(), self._bias), self._low(x, seed)
+        return self._product(x), self._low(x, seed)
 
     def lift(self, low: torch.Tensor | None) -> Lift | None:
         """What `forward_gated` has left out, for the kernel of the activation."""
@@ -87,7 +88,7 @@ class Group:
 
     def input_grad(self, grad: torch.Tensor) -> torch.Tensor:
         """Gradient of the input but for what `adapter_grads` adds."""
-        return torch.mm(grad, self._weight())
+        return product(grad, self._weight())
 
     @property
     def pairs(self) -> list[Pair]:
@@ -138,6 +139,11 @@ class Group:
 
     def _adapted(self) -> list[tuple[Part, Pair]]:
         return [(part, part.pair) for part in self._parts if part.pair is not None]
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if self._bias is None:
+            return product(x, self._weight().t())
+        return functional.linear(x, self._weight(), self._bias)
 
     def _weight(self) -> torch.Tensor:
         if self._kept is not None:

@@ -17,6 +17,7 @@ from qlora_core.events import ignore
 from qlora_core.modeling.load import load_base, read_architecture
 from qlora_core.modeling.loss import collate, token_loss
 from qlora_core.recipe import Quantization
+from qlora_core.training.engine import graphs
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.families import why_not
 from qlora_core.training.engine.module import FusedLoss
@@ -155,6 +156,20 @@ def test_a_step_changes_what_the_next_pass_computes(tmp_path):
     after = module(pack).item()
     assert after < before
     assert after == pytest.approx(token_loss(model.get_base_model(), collate(rows, 0)).loss_sum.item(), rel=TOLERANCE)
+
+
+def test_passes_recorded_with_other_kernels_are_forgotten_when_new_ones_join(tmp_path, monkeypatch):
+    model, pack = adapted(CONFIGS["llama"], tmp_path), pack_rows(random_rows(VOCABULARY, ROWS), False)
+    engine, said = Engine(model, torch.float32), []
+    replayed, seed = (
+        graphs.Replayed(engine, lambda event: said.append(event.message)),
+        torch.zeros(1, dtype=torch.int64),
+    )
+    expected = replayed.loss_and_grads(pack, seed).item()
+    monkeypatch.setitem(replayed._recordings, pack.shape, "recorded with other kernels")
+    monkeypatch.setattr(graphs, "settle", lambda: ["flash-attn-4", "quack-kernels"])
+    assert replayed.loss_and_grads(pack, seed).item() == expected
+    assert said == ["steps from now on use flash-attn-4 and quack-kernels"]
 
 
 def test_embedding_noise_changes_the_loss_a_little(tmp_path):
