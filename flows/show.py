@@ -177,7 +177,10 @@ def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) ->
             console.print(_reasons(title, reasons))
     step_tokens = round(dataset.train_tokens / dataset.train_rows * recipe.train.effective_batch_rows)
     for name, limit_gib in (("memory", 80.0), ("", 24.0)):
-        plan = plan_memory(facts, recipe.train, dataset.longest_row_tokens, step_tokens, limit_gib * 0.9)
+        plan = plan_memory(
+            facts, recipe.train, dataset.longest_row_tokens, step_tokens, limit_gib * 0.9,
+            quantization=base.quantization,
+        )  # fmt: skip
         need = plan.estimate
         passing_gib = need.activations_gib + need.workspace_gib
         console.print(

@@ -65,7 +65,10 @@ def _fused(model: PeftModel, spec: TrainSpec, rows: TokenRows, dtype: torch.dtyp
     available = _available_gib(device)
     longest, mean = int(rows.lengths.max()), float(rows.lengths.mean())
     step_tokens = round(mean * recipe.effective_batch_rows / _processes())
-    plan = plan_memory(spec.base.architecture, recipe, longest, step_tokens, available, dtype.itemsize)
+    base = spec.base
+    plan = plan_memory(
+        base.architecture, recipe, longest, step_tokens, available, dtype.itemsize, quantization=base.quantization
+    )
     engine = Engine(model, dtype, plan.activation_memory)
     spare_bytes = (available - plan.estimate.total_gib) * USABLE * GIB
     kept = engine.keep_weights(max(0, int(min(spare_bytes, 2**62))), apart=device.type == "cpu")

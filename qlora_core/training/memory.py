@@ -10,6 +10,8 @@ GIB = 2**30
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 """4 bits, and for each 64 weights a scale of a byte whose own scales take 4 bytes for each 256 of them."""
 FP32_SCALES_BYTES = 0.5 + 4 / 64
+GPTQ_BYTES = {"gptq-int4": 0.5 + (2 + 1 / 2) / 128, "gptq-int8": 1 + (2 + 1) / 128}
+"""4 or 8 bits, and for each 128 weights a scale in 16 bits and a zero."""
 MASTER_BYTES = 4 + 4 + 2
 """An adapter parameter: fp32 value and gradient, and a 16-bit copy to compute with."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
@@ -47,7 +49,12 @@ class MemoryPlan(Record):
 
 
 def estimate(
-    facts: Architecture, recipe: TrainRecipe, tokens: int, activation_memory: ActivationMemory, bytes_per_value: int = 2
+    facts: Architecture,
+    recipe: TrainRecipe,
+    tokens: int,
+    activation_memory: ActivationMemory,
+    bytes_per_value: int = 2,
+    quantization: str | None = None,
 ) -> MemoryEstimate:
     """Peak memory of one process.
 
@@ -57,10 +64,12 @@ def estimate(
         tokens: of one forward pass.
         activation_memory: what is kept between forward and backward.
         bytes_per_value: 2 for bf16 and fp16, 4 for fp32.
+        quantization: of the base as stored; without one the recipe's is made while loading.
     """
     embeddings = facts.vocab * facts.hidden * (1 if facts.tied_embeddings else 2)
     linears = max(0, facts.parameters - embeddings)
-    quantized_bytes = NF4_BYTES if recipe.quantization.double else FP32_SCALES_BYTES
+    made_bytes = NF4_BYTES if recipe.quantization.double else FP32_SCALES_BYTES
+    quantized_bytes = GPTQ_BYTES.get(quantization or "", made_bytes)
     per_parameter = MASTER_BYTES + OPTIMIZER_BYTES[recipe.optimizer]
     return MemoryEstimate(
         weights_gib=(linears * quantized_bytes + embeddings * bytes_per_value) / GIB,
@@ -77,6 +86,7 @@ def plan_memory(
     step_tokens: int,
     available_gib: float,
     bytes_per_value: int = 2,
+    quantization: str | None = None,
 ) -> MemoryPlan:
     """The fastest way of keeping activations, and the largest pass, that fit.
 
@@ -87,6 +97,7 @@ def plan_memory(
         step_tokens: of one process in an optimizer step; no pass needs to hold more.
         available_gib: for everything.
         bytes_per_value: 2 for bf16, 4 for fp32.
+        quantization: of the base as stored.
     """
     wanted = max(longest_row_tokens, min(step_tokens, MICRO_BATCH_TOKENS))
     chosen: ActivationMemory | Literal["auto"] = recipe.activation_memory
@@ -94,10 +105,10 @@ def plan_memory(
     enough = max(longest_row_tokens, wanted // 4)
     for policy in policies:
         for capacity in _falling(wanted, enough):
-            need = estimate(facts, recipe, capacity, policy, bytes_per_value)
+            need = estimate(facts, recipe, capacity, policy, bytes_per_value, quantization)
             if need.total_gib <= available_gib:
                 return MemoryPlan(activation_memory=policy, capacity_tokens=capacity, estimate=need)
-    need = estimate(facts, recipe, longest_row_tokens, policies[-1], bytes_per_value)
+    need = estimate(facts, recipe, longest_row_tokens, policies[-1], bytes_per_value, quantization)
     return MemoryPlan(activation_memory=policies[-1], capacity_tokens=longest_row_tokens, estimate=need)
 
 

@@ -226,7 +226,10 @@ def _predicted_gib(snapshot, args: argparse.Namespace) -> float:  # type: ignore
     from qlora_core.training.memory import estimate
 
     tokens, recipe = sum(_lengths(args)), TrainRecipe(lora=Lora(rank=args.rank))
-    return estimate(snapshot.architecture, recipe, tokens, args.activation_memory).total_gib + args.keep_gib
+    planned = estimate(
+        snapshot.architecture, recipe, tokens, args.activation_memory, quantization=snapshot.quantization
+    )
+    return planned.total_gib + args.keep_gib
 
 
 def _snapshot(checkpoint: Path):  # type: ignore[no-untyped-def]

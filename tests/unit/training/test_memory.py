@@ -34,6 +34,14 @@ def test_a_recipe_that_names_its_activation_memory_keeps_it():
     assert plan.activation_memory == "small"
 
 
+def test_a_base_in_eight_bits_takes_twice_the_weights_of_one_in_four():
+    four, eight = (
+        estimate(SEVEN_B, TrainRecipe(), 8192, "fast", quantization=f"gptq-int{bits}").weights_gib for bits in (4, 8)
+    )
+    linears_gib = (SEVEN_B.parameters - 2 * SEVEN_B.vocab * SEVEN_B.hidden) / 2**30
+    assert eight - four == pytest.approx(linears_gib / 2, rel=0.01)
+
+
 @pytest.mark.parametrize("less", ["balanced", "small"])
 def test_keeping_less_takes_less(less):
     assert (
