@@ -53,11 +53,12 @@ def name_of(number: int) -> str:
 
 def progress(us: Team, runs: list[str], seen: list[int]) -> bool:
     """Say how many have ended, whenever that has changed; whether all have."""
-    ended = sum(flow_run(us, run)["end_time"] is not None for run in runs)
+    found = us.ask("/flow_runs/filter", flow_runs={"id": {"any_": runs}})  # one question: asking costs the runs time
+    ended = sum(run["end_time"] is not None for run in found)
     if ended not in seen:
         seen.append(ended)
         print(f"{time.strftime('%H:%M:%S')} {ended} of {len(runs)} ended", flush=True)  # noqa: T201
-    time.sleep(2)
+    time.sleep(5)
     return ended == len(runs)
 
 
