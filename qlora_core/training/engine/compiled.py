@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from hashlib import sha256
 from importlib import import_module, metadata
 from pathlib import Path
@@ -105,42 +106,47 @@ def _begin(key: tuple[str, ...], folder: Path | None, device: int) -> None:
     if works is not None and works.exists():
         return
     keep_what_is_compiled()
-    errors = TemporaryFile()  # noqa: SIM115  # read, and closed, when the process has ended
     command = [*_PROBE, str(device), *key]
-    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
+    try:
+        errors = TemporaryFile()  # noqa: SIM115  # read, and closed, when the process has ended
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors)
+    except OSError as error:
+        _reasons[key] = f"{PACKAGES[key[0]]} could not be compiled: {error}"
+        return
     _running[key] = _Compilation(process, errors, works, time.monotonic())
     _reasons[key] = f"{PACKAGES[key[0]]} is being compiled, and used as soon as it is there"
 
 
 def _judge(package: str, compilation: _Compilation) -> str | None:
     status = compilation.process.poll()
-    if status is None:
-        compilation.process.kill()
-        compilation.process.wait()
-        return f"{package} was not compiled within {LONGEST_COMPILATION_S} s"
     with compilation.errors as errors:
+        if status is None:
+            compilation.process.kill()
+            compilation.process.wait()
+            return f"{package} was not compiled within {LONGEST_COMPILATION_S} s"
         errors.seek(0)
         last = errors.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
     if status != 0:
         return f"{package} does not work here, its compilation ended with {status}: {last[0][:200]}"
     if compilation.works is not None:
-        compilation.works.touch()
+        with suppress(OSError):  # a full disk: it is compiled again next time
+            compilation.works.touch()
     return None
 
 
 def _fingerprint(key: tuple[str, ...], device: int) -> str:
     """Of everything that decides whether a kernel works."""
-    versions = [f"{name} {metadata.version(name)}" for name in (*PACKAGES.values(), "nvidia-cutlass-dsl", "torch")]
+    versions = [f"{name} {metadata.version(name)}" for name in (PACKAGES[key[0]], "nvidia-cutlass-dsl", "torch")]
     facts = [*key, torch.cuda.get_device_name(device), sys.version, *versions]
     return sha256("\n".join(facts).encode()).hexdigest()
 
 
 def _folder() -> Path | None:
-    """None where the user's cache cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora-flows" / "kernels"
+    """None where the user has no cache that can be written."""
     try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "qlora-flows" / "kernels"
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
+    except (OSError, RuntimeError):  # RuntimeError: a user without a home
         return None
     return folder if os.access(folder, os.W_OK) else None
 

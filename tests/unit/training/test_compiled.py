@@ -21,8 +21,9 @@ def compiler(monkeypatch, tmp_path):
     return lambda line: monkeypatch.setattr(compiled, "_PROBE", (sys.executable, "-c", line))
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
-def test_without_a_hopper_gpu_nothing_is_compiled():
+def test_without_a_hopper_gpu_nothing_is_compiled(monkeypatch):
+    monkeypatch.setattr(compiled, "_reasons", {})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "Hopper" in str(compiled.why_not("flash4", "4", "2", "64", "bfloat16"))
     assert not compiled._running
 
@@ -61,6 +62,30 @@ def test_a_compiler_that_fails_or_dies_is_left_aside_in_words(compiler, tmp_path
     assert compiled.settle() == []
     assert re.match(said, str(compiled.why_not(*KEY)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_compiler_that_cannot_be_started_ends_no_training(compiler, monkeypatch):
+    monkeypatch.setattr(compiled, "_PROBE", ("/no/such/python",))
+    assert "could not be compiled" in str(compiled.why_not(*KEY))
+    assert compiled.settle() == []
+
+
+def test_what_works_is_used_where_that_cannot_be_written_down(compiler, tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "_folder", lambda: tmp_path / "gone")
+    compiler("pass")
+    compiled.start(*KEY)
+    compiled.wait()
+    assert compiled.settle() == ["flash-attn-4"]
+
+
+def test_a_user_without_a_home_has_no_cache(monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(compiled.Path, "expanduser", _homeless)
+    assert compiled._folder() is None
+
+
+def _homeless(path):
+    raise RuntimeError("Could not determine home directory.")
 
 
 def test_a_compiler_that_hangs_is_killed(compiler, monkeypatch):
