@@ -12,6 +12,7 @@ In sharegpt and messages a turn with `"train": false` is read but not learnt.
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import cache
 from typing import Any, NamedTuple
 
 from qlora_core.data.conversation import Call, Conversation, Message, Role
@@ -238,6 +239,7 @@ def _names(row: Row) -> str:
     return ", ".join(map(str, list(row)[:8])) or "no fields"
 
 
+@cache
 def _known() -> str:
     return "; ".join(f"{name} ({', '.join(sorted(form.fields))})" for name, form in FORMATS.items())
 

@@ -1,6 +1,7 @@
 """The items of one JSON list, read as a stream."""
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, TextIO
 
@@ -8,6 +9,7 @@ from qlora_core.errors import DataError
 
 BLOCK_CHARACTERS = 2**20
 WHITE_SPACE = " \t\n\r"
+NO_WHITE_SPACE = re.compile(f"[^{WHITE_SPACE}]")
 ENDS = frozenset(",]" + WHITE_SPACE)
 """What ends a value for certain: a block may end inside a number, whose start is a number too."""
 
@@ -51,10 +53,10 @@ class _Text:
     def skip_white_space(self) -> str:
         """The next character that is not white space; empty at the end of the file."""
         while True:
-            while self.at < len(self._text) and self._text[self.at] in WHITE_SPACE:
-                self.at += 1
-            if self.at < len(self._text):
-                return self._text[self.at]
+            if found := NO_WHITE_SPACE.search(self._text, self.at):
+                self.at = found.start()
+                return found[0]
+            self.at = len(self._text)
             if not self._more():
                 return ""
 

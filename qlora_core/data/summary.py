@@ -1,6 +1,6 @@
 """What happened to the rows: counts by reason with an example each, token counts, lengths, and rows to look at."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -39,23 +39,47 @@ class FileCounts:
     train_tokens: int = 0
 
 
+class _ByReason:
+    """Counts problems by their code and keeps the first of each; millions may pass."""
+
+    def __init__(self) -> None:
+        self._rows: Counter[str] = Counter()
+        self._examples: dict[str, Example] = {}
+
+    def count(self, problem: RowProblem, file: str, row: int) -> None:
+        if problem.code not in self._examples:
+            self._examples[problem.code] = Example(file=file, row=row, detail=problem.detail)
+        self._rows[problem.code] += 1
+
+    def records(self) -> dict[str, Drop]:
+        return {code: Drop(rows=self._rows[code], example=example) for code, example in self._examples.items()}
+
+
 class Tally:
     """Counts rows while they pass."""
 
     def __init__(self) -> None:
         self.files: defaultdict[str, FileCounts] = defaultdict(FileCounts)
-        self.drops: dict[str, Drop] = {}
-        self.notices: dict[str, Drop] = {}
-        """Of rows that are kept."""
+        self._drops, self._notices = _ByReason(), _ByReason()
 
     def drop(self, problem: RowProblem, file: str, row: int) -> None:
         """Count a row that is not used."""
         self.files[file].dropped_rows += 1
-        _count(self.drops, problem, file, row)
+        self._drops.count(problem, file, row)
 
     def notice(self, problem: RowProblem, file: str, row: int) -> None:
         """Count a row that is used, but that a person should know of."""
-        _count(self.notices, problem, file, row)
+        self._notices.count(problem, file, row)
+
+    @property
+    def drops(self) -> dict[str, Drop]:
+        """Reason code to the rows that are not used."""
+        return self._drops.records()
+
+    @property
+    def notices(self) -> dict[str, Drop]:
+        """Reason code to the rows that a person should know of, though they are kept."""
+        return self._notices.records()
 
     @property
     def read(self) -> int:
@@ -100,14 +124,6 @@ def counts_as_json(counts: Mapping[str, Drop]) -> dict[str, Any]:
         code: {"meaning": REASONS[code].meaning, "remedy": REASONS[code].remedy, **count.model_dump()}
         for code, count in sorted(counts.items(), key=lambda item: -item[1].rows)
     }
-
-
-def _count(counts: dict[str, Drop], problem: RowProblem, file: str, row: int) -> None:
-    before = counts.get(problem.code)
-    if before is None:
-        counts[problem.code] = Drop(rows=1, example=Example(file=file, row=row, detail=problem.detail))
-    else:
-        counts[problem.code] = before.model_copy(update={"rows": before.rows + 1})
 
 
 def histogram(lengths: Sequence[int], longest: int) -> dict[str, list[int]]:
