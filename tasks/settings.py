@@ -84,6 +84,8 @@ class Settings(BaseSettings):
             }
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
+        # MLflow removes an inherited one in a thread, while requests may be reading all variables: a KeyError there.
+        os.environ.pop("_MLFLOW_TELEMETRY_SESSION_ID", None)
 
 
 def without_secrets(uri: str) -> str:
