@@ -25,7 +25,7 @@ BUCKET = "models"
 
 
 def clean_environment() -> dict[str, str]:
-    kept = ("QLORA_", "MLFLOW_", "PREFECT_", "AWS_")
+    kept = ("QLORA_", "MLFLOW_", "_MLFLOW_", "PREFECT_", "AWS_")
     return {name: value for name, value in os.environ.items() if not name.startswith(kept)} | {"OMP_NUM_THREADS": "1"}
 
 

@@ -83,7 +83,6 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--count", type=int, default=50)
     count = parser.parse_args().count
-    os.environ.pop("_MLFLOW_TELEMETRY_SESSION_ID", None)  # set by importing mlflow; the servers and workers inherit it
     with TemporaryDirectory(prefix="qlora-many-") as temporary, team(Path(temporary)) as us:
         for name in ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
             os.environ[name] = us.environment[name]
