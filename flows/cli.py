@@ -193,7 +193,7 @@ def reconcile() -> None:
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Check versions, GPU, disk, both servers, the object store and workers, and say what to do."""
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")  # what does not work now is what is asked for
+    os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"  # what does not work now is what is asked for
     settings = _start()
     from flows.doctor import examine_all
 
@@ -367,11 +367,11 @@ def _explained(error: Exception) -> "QloraError":
 
 
 def _start():  # type: ignore[no-untyped-def]
-    """Settings for this command, with Prefect and MLflow pointed at them before they are imported."""
+    """Settings for this command, with Prefect pointed at them before it is imported."""
     from tasks.settings import Settings
 
     settings = Settings()
-    settings.configure_libraries()
+    settings.configure_prefect()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return settings
 

@@ -64,14 +64,9 @@ class Settings(BaseSettings):
         for name in ("prefect", "mlflow"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
 
-    def configure_libraries(self) -> None:
-        """Point Prefect and MLflow at the home, before either is imported; what the user has set stays."""
+    def configure_prefect(self) -> None:
+        """Point Prefect at the home, before it is imported; what the user has set stays."""
         defaults = {
-            "MLFLOW_DISABLE_TELEMETRY": "true",
-            "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-            "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",  # half a minute; what waits longer is the retry of the task
-            "MLFLOW_LOGGING_LEVEL": "ERROR",
-            "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
             "DO_NOT_TRACK": "1",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
             "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",  # the terminal shows stages; the UI has the log
@@ -84,8 +79,6 @@ class Settings(BaseSettings):
             }
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
-        # MLflow removes an inherited one in a thread, while requests may be reading all variables: a KeyError there.
-        os.environ.pop("_MLFLOW_TELEMETRY_SESSION_ID", None)
 
 
 def without_secrets(uri: str) -> str:

@@ -1,5 +1,6 @@
 """What importing costs, and what it must not pull in."""
 
+import os
 import subprocess
 import sys
 
@@ -35,3 +36,16 @@ def test_commands_about_versions_need_neither_torch_nor_prefect():
     program = f"import sys, flows.judging; print([m for m in {HEAVY} if m in sys.modules])"
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "['mlflow']"
+
+
+def test_a_flow_that_a_worker_starts_sends_no_telemetry_of_mlflow():
+    """It would change the environment in a thread, and a request that is just reading all variables would fail."""
+    program = (
+        "import os, flows.scheduled; from mlflow.telemetry.client import get_telemetry_client; "
+        "print(get_telemetry_client(), [name for name in os.environ if name.startswith('_MLFLOW_')])"
+    )
+    variables = {"PATH": os.environ["PATH"], "HOME": os.environ["HOME"], "_MLFLOW_TELEMETRY_SESSION_ID": "inherited"}
+    variables |= {name: value for name, value in os.environ.items() if name == "PYTHONPATH"}
+    command = [sys.executable, "-c", program]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout
+    assert printed.strip() == "None []"
