@@ -12,7 +12,7 @@ from qlora_core.training.engine.compiled import settle, start, wait, why_not
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.graphs import Replayed
 from qlora_core.training.engine.pack import pack_rows
-from qlora_core.training.engine.quack import ENOUGH_TOKENS, product
+from qlora_core.training.engine.quack import ENOUGH_TOKENS, gated, gated_backward, product
 from tests.unit.training.engine_models import TARGETS, give_known_dropout, random_rows, randomize, relative_difference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -53,6 +53,12 @@ def on_both(function, *tensors: torch.Tensor) -> float:
     return max(relative_difference(b.cpu(), a) for a, b in pairs if a.is_floating_point())
 
 
+def both_sides(x: torch.Tensor, m: torch.Tensor, u: torch.Tensor, parts: int = 1) -> tuple[torch.Tensor, ...]:
+    low, grad = torch.empty_like(u), torch.zeros(m.shape, device=m.device)
+    ops.both_sides(x, m, u, low, grad, 0.5, parts)
+    return low, grad
+
+
 def test_kernels_agree_with_torch():
     torch.manual_seed(0)
     h, d, weight, wide = torch.randn(300, 200), torch.randn(300, 200), torch.rand(200) + 0.5, torch.randn(300, 400)
@@ -73,6 +79,8 @@ def test_kernels_agree_with_torch():
             d, wide, torch.randn(300, 16),
         ),
         "swiglu backward alone": (lambda g, x: ops.swiglu_backward(g, x, None, None), d, wide),
+        "both sides": (both_sides, wide, torch.randn(400, 16), torch.randn(300, 16)),
+        "both sides of two": (lambda *of: both_sides(*of, parts=2), wide, torch.randn(400, 16), torch.randn(300, 32)),
         "rotate": (lambda x, c, s: ops.rotate(x, x, c, s, None, 1e-6, 4, 2), qkv, cos, sin),
         "rotate normed": (
             lambda x, c, s, n: (lambda out: (ops.rotate(x, out, c, s, (n[0], n[1]), 1e-6, 4, 2), out)[1])(
@@ -137,6 +145,25 @@ def test_wide_products_are_those_of_torch(row_major):
     x = torch.randn(ENOUGH_TOKENS + 76, 256).bfloat16()
     weight = torch.randn(256, 1000).bfloat16() if row_major else torch.randn(1000, 256).bfloat16().t()
     assert relative_difference(product(x.cuda(), weight.cuda()).cpu(), x.float() @ weight.float()) < 3e-3
+
+
+def test_gated_products_are_those_of_torch():
+    if reason := compiled_now("quack", "bfloat16"):
+        pytest.skip(reason)
+    torch.manual_seed(0)
+    x, grad = torch.randn(300, 256).bfloat16(), torch.randn(300, 200).bfloat16()
+    weight, behind = torch.randn(256, 1000).bfloat16() / 16, torch.randn(200, 500).bfloat16() / 16
+    gate_up, inner = gated(x.cuda(), weight.cuda())
+    both = x.float() @ weight.float()
+    assert relative_difference(gate_up.cpu(), both) < 3e-3
+    both = gate_up.cpu().float()
+    whole = torch.cat([both[:, ::2], both[:, 1::2]], dim=1)
+    expected = ops.swiglu(whole, None, None, None)[0]
+    assert relative_difference(inner.cpu(), expected) < 5e-3
+    again = gated_backward(grad.cuda(), behind.cuda(), gate_up)
+    ops.swiglu_backward(grad.float() @ behind.float(), whole, None, None)
+    assert relative_difference(again.cpu(), expected) < 5e-3
+    assert relative_difference(gate_up.cpu(), torch.stack(whole.chunk(2, dim=1), dim=2).flatten(1)) < 5e-3
 
 
 @pytest.mark.parametrize("lengths", [(700, 3, 130, 1), (256, 256)])

@@ -97,11 +97,20 @@ def test_gated_activation_without_an_adapter_behind_it():
     )  # fmt: skip
 
 
-def test_both_products_of_an_adapter_read_the_wide_matrix_once():
-    x, m, u = torch.randn(300, 520), torch.randn(520, RANK), torch.randn(300, RANK)
-    low, grad = torch.empty(300, RANK), torch.ones(520, RANK)
-    products.both_sides(x, m, u, low, grad, 0.5)
-    close([low, grad], [x @ m, 1 + 0.5 * x.t() @ u])
+@pytest.mark.parametrize("rank", [RANK, 40])
+@pytest.mark.parametrize("parts", [1, 2])
+def test_both_products_of_adapters_read_the_wide_matrix_once(parts, rank):
+    x, m, u = torch.randn(300, 520), torch.randn(520, rank), torch.randn(300, parts * rank)
+    low, grad = torch.empty(300, parts * rank), torch.ones(520, rank)
+    expected_low, expected_grad = low.clone(), grad.clone()
+    products.both_sides(x, m, u, low, grad, 0.5, parts)
+    ops.both_sides(x, m, u, expected_low, expected_grad, 0.5, parts)
+    close([low, grad], [expected_low, expected_grad])
+    close(low[:, :rank], x[:, ::parts] @ m[: 520 // parts])
+    close(grad[-1], 1 + 0.5 * x[:, -1] @ u[:, -rank:])
+    lying_low, lying = torch.empty_like(low), torch.ones(rank, 520)
+    products.both_sides(x, m.t().contiguous().t(), u, lying_low, lying.t(), 0.5, parts)
+    close([lying_low, lying.t()], [low, grad])
 
 
 def test_cross_entropy():
@@ -161,9 +170,11 @@ def test_4bit_weights_with_the_adapter_added(kind, nested):
     scales = (inner.code, inner.absmax, state.offset, inner.blocksize) if nested else None
     expected = dequantize_4bit(packed, state)
     for pair, added in (((None, None), 0), ((a, b), b @ a)):
-        out = torch.full((130, 192), torch.nan)
+        every_other = torch.full((260, 192), torch.nan)
+        out = every_other[::2]
         dequantize.dequantize_4bit(packed, state.absmax, scales, state.code, *pair, out)
         close(out, expected + added)
+        assert every_other[1::2].isnan().all()
 
 
 @pytest.mark.parametrize("bits", [4, 8])
@@ -171,7 +182,7 @@ def test_gptq_weights_with_the_adapter_added(bits):
     a, b = torch.randn(RANK, 128), torch.randn(96, RANK)
     parts = pack_gptq(torch.randn(96, 128), bits, group=32)
     stored = Gptq(parts["qweight"], parts["scales"], parts["qzeros"], parts["g_idx"], bits, zero_offset=1)
-    out, expected = torch.full((96, 128), torch.nan), torch.empty(96, 128)
+    out, expected = torch.full((192, 128), torch.nan)[1::2], torch.empty(96, 128)
     stored.fill(expected, a, b)
     dequantize.dequantize_gptq(
         stored.packed, stored.scales, stored.zeros, stored.groups, bits, stored.zero_offset, a, b, out

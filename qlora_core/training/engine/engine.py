@@ -17,7 +17,7 @@ from qlora_core.training.engine.families import adapted_linears, shape_of
 from qlora_core.training.engine.linear import Group
 from qlora_core.training.engine.offload import HostMemory
 from qlora_core.training.engine.pack import Pack
-from qlora_core.training.engine.quack import product
+from qlora_core.training.engine.quack import gated, gated_backward, gates, product
 from qlora_core.training.memory import LOGIT_BYTES, ActivationMemory
 
 TILE_ROWS = 256
@@ -122,8 +122,16 @@ class Engine:
         return ops.add_rms_norm(stream, delta, self._final_norm, self.shape.eps)
 
     def _context(self, pack: Pack, seed: torch.Tensor | None) -> Context:
+        self._take_turns()
         cos, sin = self._rotary(self._embedding[:1], pack.position_ids[None])
         return Context(pack, cos[0].contiguous(), sin[0].contiguous(), seed)
+
+    def _take_turns(self) -> None:
+        """Let gate and up take turns where their product can make the activation; that is known between passes."""
+        for block in self._blocks:
+            outputs, inputs = block.gate_up.shape
+            possible = block.gate_up.can_take_turns and not block.down.apart
+            block.gate_up.take_turns(possible and gates(self._head, inputs, outputs // 2))
 
     def _forward(
         self, block: Block, entry: torch.Tensor, delta: torch.Tensor | None, context: Context
@@ -134,6 +142,9 @@ class Engine:
         else:
             entry, normed = ops.add_rms_norm(entry, delta, block.input_norm, self.shape.eps)
         made, normed = self._attention(block, entry, normed, context)
+        if block.gate_up.in_turn:
+            gate_up, inner = gated(normed, block.gate_up.weight().t())
+            return made._replace(gate_up=gate_up), block.down.forward(inner, context.seed)
         gate_up, gate_up_low = self._gate_up(block, normed, context)
         del normed
         pair, masks = _only(block.down.pairs), block.down.masks(context.seed)
@@ -187,6 +198,11 @@ class Engine:
         """The gradient of gate and up, in their place."""
         assert kept.gate_up is not None
         group = block.down
+        if block.gate_up.in_turn:
+            inner, pair = gated_backward(grad, group.weight(), kept.gate_up), _only(group.pairs)
+            if pair is not None:
+                _grads_of_one(pair, inner, grad)
+            return kept.gate_up
         inner_grad, pair, behind = group.input_grad(grad), _only(group.pairs), None
         if pair is not None and kept.low is not None:
             low_grad = torch.empty_like(kept.low)
@@ -268,6 +284,14 @@ class Engine:
         if self._host is not None:
             self._host.prefetch(number - 1)
         return mine
+
+
+def _grads_of_one(pair: Pair, x: torch.Tensor, grad: torch.Tensor) -> None:
+    """Add the gradients of an adapter, reading its input once: for inputs that are wide beside the outputs."""
+    low_grad = torch.mm(grad, pair.b)
+    low = torch.empty_like(low_grad)
+    ops.both_sides(x, pair.a.t(), low_grad, low, pair.grad_a.t(), 1.0)
+    ops.add_product(pair.grad_b, grad.t(), low, pair.scale)
 
 
 def _only(pairs: list[Pair]) -> Pair | None:

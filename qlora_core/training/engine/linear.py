@@ -44,12 +44,26 @@ class Group:
         self.apart = self._drops
         """Whether the adapter is computed beside the weight and not as part of it."""
         self._kept: torch.Tensor | None = None
+        self.in_turn = False
+        """Whether the columns of the outputs of two parts take turns, as `quack.gated` reads them."""
 
     @property
     def bytes(self) -> int:
         """Of the dequantized weight."""
         size: int = self.shape[0] * self.shape[1] * self._dtype.itemsize
         return size
+
+    @property
+    def can_take_turns(self) -> bool:
+        """Whether whoever reads and writes outputs of two parts in turn can do so here."""
+        adapted = len(self.pairs) == 2 and len(self.pairs[0].a) <= LARGEST_FUSED_RANK
+        return not self.apart and self._bias is None and (adapted or not self.pairs)
+
+    def take_turns(self, wanted: bool) -> None:
+        """Let the outputs of both parts take turns, or not; between passes only."""
+        if wanted != self.in_turn:
+            self.in_turn = wanted
+            self.refresh()
 
     def keep(self) -> None:
         """Hold the dequantized weight from now on; `refresh` must follow every change of the adapter."""
@@ -88,7 +102,7 @@ class Group:
 
     def input_grad(self, grad: torch.Tensor) -> torch.Tensor:
         """Gradient of the input but for what `adapter_grads` adds."""
-        return product(grad, self._weight())
+        return product(grad, self.weight())
 
     @property
     def pairs(self) -> list[Pair]:
@@ -116,9 +130,12 @@ class Group:
             return
         low, rank = self._low(x, seed), len(self.pairs[0].a)
         low_grad = torch.empty_like(low)
-        for number, (part, pair) in enumerate(self._adapted()):
-            mine = slice(number * rank, (number + 1) * rank)
-            both_sides(grad[:, part.columns], pair.b, low[:, mine], low_grad[:, mine], pair.grad_b, pair.scale)
+        if self.in_turn:
+            both_sides(grad, self._stacked("b"), low, low_grad, self._stacked("grad_b"), self.pairs[0].scale, parts=2)
+        else:
+            for number, (part, pair) in enumerate(self._adapted()):
+                mine = slice(number * rank, (number + 1) * rank)
+                both_sides(grad[:, part.columns], pair.b, low[:, mine], low_grad[:, mine], pair.grad_b, pair.scale)
         a = self._stacked("a") if self.apart else None
         low_backward(Behind(low_grad, a, self._stacked("grad_a"), self.masks(seed)), x, input_grad)
 
@@ -131,7 +148,7 @@ class Group:
         masks, a = self.masks(seed), self._stacked("a")
         return torch.mm(x, a.t()) if masks is None else dropped_low(x, a, masks)
 
-    def _stacked(self, name: Literal["a", "b", "grad_a"]) -> torch.Tensor:
+    def _stacked(self, name: Literal["a", "b", "grad_a", "grad_b"]) -> torch.Tensor:
         """Matrices of the adapters, all of one shape, one above the other: so they lie in memory."""
         first: torch.Tensor = getattr(self.pairs[0], name)
         rows, columns = first.shape
@@ -142,10 +159,11 @@ class Group:
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if self._bias is None:
-            return product(x, self._weight().t())
-        return functional.linear(x, self._weight(), self._bias)
+            return product(x, self.weight().t())
+        return functional.linear(x, self.weight(), self._bias)
 
-    def _weight(self) -> torch.Tensor:
+    def weight(self) -> torch.Tensor:
+        """`[outputs, inputs]`, dequantized, with the adapter unless that stands apart."""
         if self._kept is not None:
             return self._kept
         out = torch.empty(self.shape, dtype=self._dtype, device=self._device)
@@ -153,9 +171,10 @@ class Group:
         return out
 
     def _fill(self, out: torch.Tensor) -> None:
-        for part in self._parts:
+        for number, part in enumerate(self._parts):
             pair = None if self.apart else part.pair
-            part.weight.fill(out[part.columns], pair and pair.a, pair and pair.b)
+            rows = slice(number, None, 2) if self.in_turn else part.columns
+            part.weight.fill(out[rows], pair and pair.a, pair and pair.b)
 
 
 def group_of(modules: Sequence[torch.nn.Module], adapter: FlatAdapter, dtype: torch.dtype) -> Group:

@@ -281,25 +281,35 @@ def low_backward(behind: Behind, x: torch.Tensor, input_grad: torch.Tensor | Non
 
 
 def both_sides(
-    x: torch.Tensor, m: torch.Tensor, u: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, scale: float
+    x: torch.Tensor,
+    m: torch.Tensor,
+    u: torch.Tensor,
+    low: torch.Tensor,
+    grad: torch.Tensor,
+    scale: float,
+    parts: int = 1,
 ) -> None:
-    """`low = x @ m` and `grad += scale * x.T @ u`.
+    """`low = x @ m` and `grad += scale * x.T @ u`, for each part of the columns of `x`.
 
     Args:
-        x: `[tokens, width]`
-        m: `[width, rank]`
-        u: `[tokens, rank]`
-        low: `[tokens, rank]`
-        grad: `[width, rank]`, fp32.
+        x: `[tokens, width]`; with two parts their columns take turns.
+        m: `[width, rank]`, of one part above the other.
+        u: `[tokens, parts * rank]`, of one part beside the other.
+        low: like `u`; is written.
+        grad: like `m`, fp32; is added to.
         scale: of what is added.
+        parts: 1 or 2.
     """
     if x.is_cuda and m.shape[1] <= LARGEST_FUSED_RANK:
         from qlora_core.training.engine.kernels.products import both_sides as kernel
 
-        kernel(x, m, u, low, grad, scale)
+        kernel(x, m, u, low, grad, scale, parts)
         return
-    low.copy_(torch.mm(x, m))
-    add_product(grad, x.t(), u, scale)
+    each = (tensor.chunk(parts, dim) for tensor, dim in ((m, 0), (u, 1), (low, 1), (grad, 0)))
+    for number, (m_part, u_part, low_part, grad_part) in enumerate(zip(*each, strict=True)):
+        columns = x[:, number::parts]
+        low_part.copy_(torch.mm(columns, m_part))
+        add_product(grad_part, columns.t(), u_part, scale)
 
 
 def add_product(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:

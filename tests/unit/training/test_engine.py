@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -17,7 +18,7 @@ from qlora_core.events import ignore
 from qlora_core.modeling.load import load_base, read_architecture
 from qlora_core.modeling.loss import collate, token_loss
 from qlora_core.recipe import Quantization
-from qlora_core.training.engine import graphs
+from qlora_core.training.engine import graphs, ops
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.families import why_not
 from qlora_core.training.engine.module import FusedLoss
@@ -105,6 +106,38 @@ def test_weights_that_stay_dequantized_give_the_same(apart, tmp_path):
         group.keep_apart() if apart else group.keep()
     engine.loss_and_grads(pack_rows(rows, False), torch.zeros(1))
     assert worst(model, gradients) < TOLERANCE
+
+
+@pytest.mark.parametrize("targets", [TARGETS, ["down_proj"], ["gate_proj", "up_proj"], ["gate_proj"]], ids="-".join)
+@pytest.mark.parametrize("memory", ["fast", "balanced", "small"])
+def test_gate_and_up_that_take_turns_give_the_same(memory, targets, tmp_path, monkeypatch):
+    """QuACK needs a Hopper GPU: its two gated products are written in torch here, and `tests/gpu` has them."""
+
+    def gated(x, weight):
+        gate_up = x @ weight
+        return gate_up, functional.silu(gate_up[:, ::2]) * gate_up[:, 1::2]
+
+    def gated_backward(grad, weight, gate_up):
+        whole = torch.cat([gate_up[:, ::2], gate_up[:, 1::2]], dim=1)
+        inner = ops.swiglu(whole, None, None, None)[0]
+        ops.swiglu_backward(grad @ weight, whole, None, None)
+        gate_up[:, ::2], gate_up[:, 1::2] = whole.chunk(2, dim=1)
+        return inner
+
+    model, rows = adapted(CONFIGS["llama"], tmp_path, target_modules=targets), random_rows(VOCABULARY, ROWS)
+    expected, gradients = plain_pass(model, rows)
+    engine = Engine(model, torch.float32, memory)
+    engine.keep_weights(1_000_000)  # of some groups, laid out before turns are taken
+    pack, seed = pack_rows(rows, False), torch.zeros(1)
+    before = engine.loss(pack).item()
+    for name, function in {"gates": lambda *_: True, "gated": gated, "gated_backward": gated_backward}.items():
+        monkeypatch.setattr(f"qlora_core.training.engine.engine.{name}", function)
+    engine.adapter.grads.zero_()
+    assert engine.loss_and_grads(pack, seed).item() == pytest.approx(expected, rel=TOLERANCE)
+    assert worst(model, gradients) < TOLERANCE
+    assert engine.loss(pack).item() == pytest.approx(before, rel=TOLERANCE)
+    possible = targets != ["gate_proj"]
+    assert [group.in_turn for group in engine.groups()] == 3 * [False, False, possible, False]
 
 
 def test_modules_in_another_order_give_the_same(tmp_path):

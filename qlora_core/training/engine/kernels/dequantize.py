@@ -24,7 +24,7 @@ def _add_product(values, a, b, rows, row_ok, columns, column_ok, inputs, rank, R
 
 @triton.jit
 def _dequantize_4bit(  # type: ignore[no-untyped-def]
-    packed, scales, nested_code, nested_scales, offset, code, a, b, out, outputs, inputs, rank,
+    packed, scales, nested_code, nested_scales, offset, code, a, b, out, outputs, inputs, rank, out_stride,
     NESTED: tl.constexpr, NESTED_BLOCK: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -44,13 +44,13 @@ def _dequantize_4bit(  # type: ignore[no-untyped-def]
     columns = block * 64 + tl.arange(0, 64)
     if RANK > 0:
         values = _add_product(values, a, b, rows, row_ok, columns, columns < inputs, inputs, rank, RANK)
-    at = out + rows[:, None].to(tl.int64) * inputs + columns[None, :]
+    at = out + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
     tl.store(at, values.to(out.dtype.element_ty), mask=row_ok[:, None])
 
 
 @triton.jit
 def _dequantize_gptq(  # type: ignore[no-untyped-def]
-    packed, scales, zeros, groups, a, b, out, outputs, inputs, rank,
+    packed, scales, zeros, groups, a, b, out, outputs, inputs, rank, out_stride,
     BITS: tl.constexpr, ZERO_OFFSET: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     PER_WORD: tl.constexpr = 32 // BITS
@@ -67,7 +67,8 @@ def _dequantize_gptq(  # type: ignore[no-untyped-def]
     values = (quants - zero).to(tl.float32) * scale
     if RANK > 0:
         values = _add_product(values, a, b, rows, row_ok, columns, column_ok, inputs, rank, RANK)
-    tl.store(out + rows[:, None].to(tl.int64) * inputs + columns[None, :], values.to(out.dtype.element_ty), mask=ok)
+    at = out + rows[:, None].to(tl.int64) * out_stride + columns[None, :]
+    tl.store(at, values.to(out.dtype.element_ty), mask=ok)
 
 
 def dequantize_4bit(
@@ -88,7 +89,7 @@ def dequantize_4bit(
         code: the 16 values.
         a: `[rank, inputs]`, or None without an adapter.
         b: `[outputs, rank]`, already scaled.
-        out: contiguous.
+        out: its rows may be apart.
     """
     outputs, inputs = out.shape
     rank = 0 if a is None else a.shape[0]
@@ -97,7 +98,7 @@ def dequantize_4bit(
     grid = (inputs // BLOCK_VALUES, triton.cdiv(outputs, rows))
     _dequantize_4bit[grid](
         packed, scales, nested_code, nested_scales, offset, code, out if a is None else a, out if b is None else b,
-        out, outputs, inputs, rank, nested is not None, nested_block, padded(rank), rows, num_warps=4,
+        out, outputs, inputs, rank, out.stride(0), nested is not None, nested_block, padded(rank), rows, num_warps=4,
     )  # fmt: skip
 
 
@@ -123,12 +124,12 @@ def dequantize_gptq(
         zero_offset: 1 for checkpoint format v1, which stores zeros less one.
         a: `[rank, inputs]`, or None without an adapter.
         b: `[outputs, rank]`, already scaled.
-        out: contiguous.
+        out: its rows may be apart.
     """
     outputs, inputs = out.shape
     rank = 0 if a is None else a.shape[0]
     rows = 64 if rank <= 64 else 32
     _dequantize_gptq[(triton.cdiv(outputs, rows), triton.cdiv(inputs, 64))](
         packed, scales, zeros, groups, out if a is None else a, out if b is None else b, out, outputs, inputs, rank,
-        bits, zero_offset, padded(rank), rows, num_warps=4,
+        out.stride(0), bits, zero_offset, padded(rank), rows, num_warps=4,
     )  # fmt: skip

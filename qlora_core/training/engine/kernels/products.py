@@ -29,36 +29,37 @@ class Tiling(NamedTuple):
 
 
 BOTH_SIDES = Tiling(tokens=32, columns=512, programs=264, warps=8, stages=3)
-
-
-@triton.jit
-def _matrix(at, stride, other_stride, rows, row_ok, ranks, rank_ok):  # type: ignore[no-untyped-def]
-    place = at + rows[:, None] * stride + ranks[None, :] * other_stride
-    return tl.load(place, mask=row_ok[:, None] & rank_ok[None, :], other=0)
+BOTH_SIDES_OF_MANY_RANKS = Tiling(tokens=32, columns=256, programs=264, warps=8, stages=3)
+MANY_RANKS = 32
+"""Ranks of all parts together, from beyond which a wide tile's sums would not fit into registers."""
 
 
 @triton.jit
 def _both_sides(  # type: ignore[no-untyped-def]
     x, m, u, low, outer, tokens, width, rank, x_stride, m_width, m_rank, u_stride, chunk,
-    RANK: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
+    PARTS: tl.constexpr, RANK: tl.constexpr, WIDE: tl.constexpr, TALL: tl.constexpr,
 ):  # fmt: skip
-    columns, ranks = tl.program_id(0) * WIDE + tl.arange(0, WIDE), tl.arange(0, RANK)
-    column_ok, rank_ok = columns < width, ranks < rank
-    m_tile = _matrix(m, m_width, m_rank, columns, column_ok, ranks, rank_ok)
-    total = tl.zeros((WIDE, RANK), dtype=tl.float32)
+    columns, ranks = tl.program_id(0) * WIDE + tl.arange(0, WIDE), tl.arange(0, PARTS * RANK)
+    part, inside = ranks // RANK, ranks % RANK
+    column_ok, rank_ok, together = columns < width, inside < rank, PARTS * rank
+    places = part * rank + inside
+    of_part = column_ok[:, None] & rank_ok[None, :] & ((columns % PARTS)[:, None] == part[None, :])
+    stacked = columns // PARTS + columns % PARTS * (width // PARTS)
+    m_tile = tl.load(m + stacked[:, None] * m_width + inside[None, :] * m_rank, mask=of_part, other=0)
+    total = tl.zeros((WIDE, PARTS * RANK), dtype=tl.float32)
     first = tl.program_id(1) * chunk
     for start in range(first, tl.minimum(first + chunk, tokens), TALL):
         rows = start + tl.arange(0, TALL)
         row_ok = rows < tokens
         at = x + rows[:, None].to(tl.int64) * x_stride + columns[None, :]
         x_tile = tl.load(at, mask=row_ok[:, None] & column_ok[None, :], other=0)
-        u_tile = _matrix(u, u_stride, 1, rows, row_ok, ranks, rank_ok)
-        low_at = low + (tl.program_id(0) * tokens + rows)[:, None].to(tl.int64) * rank + ranks[None, :]
-        part = tl.dot(x_tile, m_tile, input_precision="ieee")
-        tl.store(low_at, part, mask=row_ok[:, None] & rank_ok[None, :])
+        ok = row_ok[:, None] & rank_ok[None, :]
+        u_tile = tl.load(u + rows[:, None] * u_stride + places[None, :], mask=ok, other=0)
+        low_at = low + (tl.program_id(0) * tokens + rows)[:, None].to(tl.int64) * together + places[None, :]
+        tl.store(low_at, tl.dot(x_tile, m_tile, input_precision="ieee"), mask=ok)
         total += tl.dot(tl.trans(x_tile), u_tile, input_precision="ieee")
-    outer_at = outer + (tl.program_id(1) * width + columns)[:, None].to(tl.int64) * rank + ranks[None, :]
-    tl.store(outer_at, total, mask=column_ok[:, None] & rank_ok[None, :])
+    outer_at = outer + (tl.program_id(1) * width + stacked)[:, None].to(tl.int64) * rank + inside[None, :]
+    tl.store(outer_at, total, mask=of_part)
 
 
 @triton.jit
@@ -101,26 +102,35 @@ def sum_into(partial: torch.Tensor, out: torch.Tensor, scale: float, add: bool) 
 
 
 def both_sides(
-    x: torch.Tensor, m: torch.Tensor, u: torch.Tensor, low: torch.Tensor, grad: torch.Tensor, scale: float
+    x: torch.Tensor,
+    m: torch.Tensor,
+    u: torch.Tensor,
+    low: torch.Tensor,
+    grad: torch.Tensor,
+    scale: float,
+    parts: int = 1,
 ) -> None:
-    """`low = x @ m` and `grad += scale * x.T @ u`, reading `x` once.
+    """`low = x @ m` and `grad += scale * x.T @ u`, reading `x` once; see `ops.both_sides`.
 
     Args:
         x: `[tokens, width]`, rows may be apart.
         m: `[width, rank]`, any strides.
-        u: `[tokens, rank]`, rows may be apart.
-        low: `[tokens, rank]`, any strides.
+        u: `[tokens, parts * rank]`, rows may be apart.
+        low: `[tokens, parts * rank]`, any strides.
         grad: `[width, rank]` in fp32, any strides.
         scale: of what is added.
+        parts: 1 or 2.
     """
-    (tokens, width), rank, tiling = x.shape, m.shape[1], BOTH_SIDES
+    (tokens, width), rank = x.shape, m.shape[1]
+    together = parts * rank
+    tiling = BOTH_SIDES if parts * padded(rank) <= MANY_RANKS else BOTH_SIDES_OF_MANY_RANKS
     tiles = triton.cdiv(width, tiling.columns)
     wanted = max(1, min(tiling.programs // tiles, triton.cdiv(tokens, 4 * tiling.tokens)))
     chunk, chunks = split(tokens, tiling.tokens, wanted)
-    lows = torch.empty(tiles, tokens, rank, device=x.device, dtype=torch.float32)
+    lows = torch.empty(tiles, tokens, together, device=x.device, dtype=torch.float32)
     outers = torch.empty(chunks, width, rank, device=x.device, dtype=torch.float32)
     _both_sides[(tiles, chunks)](
-        x, m, u, lows, outers, tokens, width, rank, x.stride(0), m.stride(0), m.stride(1), u.stride(0), chunk,
+        x, m, u, lows, outers, tokens, width, rank, x.stride(0), m.stride(0), m.stride(1), u.stride(0), chunk, parts,
         padded(rank), tiling.columns, tiling.tokens, num_warps=tiling.warps, num_stages=tiling.stages,
     )  # fmt: skip
     sum_into(lows, low, 1.0, add=False)
