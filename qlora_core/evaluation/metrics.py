@@ -15,14 +15,12 @@ from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 from qlora_core.errors import EvaluationError, RecipeError
+from qlora_core.evaluation.records import AnswerScorer, RowScores
 from qlora_core.recipe import EvaluationRecipe, Gate
 
 ENTRY_POINTS = "qlora_flows.metrics"
 
 Need = Literal["loss", "forgetting", "answers", "choices", "latency", "harness"]
-RowScores = dict[str, float]
-AnswerScorer = Callable[[str, str], RowScores]
-"""`(expected, answer)` to one value per score."""
 
 
 class Metric(NamedTuple):

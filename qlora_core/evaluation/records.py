@@ -1,11 +1,16 @@
 """What goes into an evaluation and into its report."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field
 
 from qlora_core.artifacts import PreparedDataset, Record
 from qlora_core.recipe import EvaluationRecipe
+
+RowScores = dict[str, float]
+AnswerScorer = Callable[[str, str], RowScores]
+"""`(expected, answer)` to one value per score."""
 
 
 class EvaluationSpec(Record):

@@ -12,7 +12,7 @@ import numpy as np
 
 from qlora_core.artifacts import Record
 from qlora_core.evaluation.bootstrap import RowSums, exp_ratio, mean_of, ratio
-from qlora_core.evaluation.metrics import RowScores
+from qlora_core.evaluation.records import RowScores
 from qlora_core.evaluation.text_overlap import corpus_bleu
 from qlora_core.store import write_atomically
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from qlora_core.errors import RecipeError
 from qlora_core.evaluation.bootstrap import Array, RowSums
-from qlora_core.evaluation.metrics import AnswerScorer, RowScores
+from qlora_core.evaluation.records import AnswerScorer, RowScores
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.bleu import BLEU

@@ -14,8 +14,8 @@ from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.choice import choose
 from qlora_core.evaluation.generation import Answer, end_of_turn_ids, generate
 from qlora_core.evaluation.likelihood import row_losses
-from qlora_core.evaluation.metrics import AnswerScorer, Need, find_metrics, make_scorer
-from qlora_core.evaluation.records import EvaluationSpec
+from qlora_core.evaluation.metrics import Need, find_metrics, make_scorer
+from qlora_core.evaluation.records import AnswerScorer, EvaluationSpec
 from qlora_core.evaluation.scored import RowLoss, Rows, ScoredAnswer, row_sums, write_rows
 from qlora_core.events import Progress, Report
 from qlora_core.modeling.device import pick_device

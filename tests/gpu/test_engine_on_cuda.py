@@ -11,6 +11,7 @@ from qlora_core.training.engine import attention, flash4, ops
 from qlora_core.training.engine.compiled import settle, start, wait, why_not
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.graphs import Replayed
+from qlora_core.training.engine.operands import Behind
 from qlora_core.training.engine.pack import pack_rows
 from qlora_core.training.engine.quack import ENOUGH_TOKENS, gated, gated_backward, product
 from tests.unit.training.engine_models import TARGETS, give_known_dropout, random_rows, randomize, relative_difference
@@ -74,7 +75,7 @@ def test_kernels_agree_with_torch():
         "swiglu alone": (lambda x: ops.swiglu(x, None, None, None)[0], wide),
         "swiglu backward": (
             lambda g, x, low: (
-                lambda grad_a: (ops.swiglu_backward(g, x, ops.Behind(low, None, grad_a, None), None), grad_a)[1]
+                lambda grad_a: (ops.swiglu_backward(g, x, Behind(low, None, grad_a, None), None), grad_a)[1]
             )(torch.zeros(16, 200, device=g.device)),
             d, wide, torch.randn(300, 16),
         ),

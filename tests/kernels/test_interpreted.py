@@ -9,6 +9,7 @@ from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
 from qlora_core.training.engine import ops
 from qlora_core.training.engine.kernels import cross_entropy, dequantize, dropped, elementwise, gated, products
+from qlora_core.training.engine.operands import Behind, Lift, Masks
 from qlora_core.training.engine.weights import Gptq
 from tests.quantized import pack_gptq
 
@@ -70,8 +71,8 @@ def test_rotary_embedding(normed):
 def test_gated_activation_and_the_adapter_behind_it(apart, lifted, rate):
     shapes = (70, 600), (RANK, 300), (70, 300), (70, RANK), (70, 2 * RANK), (600, RANK)  # more than one tile of each
     gate_up, a, grad, low_grad, lift_low, lift_b = (torch.randn(*shape) for shape in shapes)
-    masks = ops.Masks(torch.tensor([5]), 2, 1, rate) if rate else None
-    lift = ops.Lift(lift_low, lift_b) if lifted else None
+    masks = Masks(torch.tensor([5]), 2, 1, rate) if rate else None
+    lift = Lift(lift_low, lift_b) if lifted else None
     whole = gate_up.clone()
     if lifted:
         whole[:, :300] += lift_low[:, :RANK] @ lift_b[:300].t()
@@ -83,7 +84,7 @@ def test_gated_activation_and_the_adapter_behind_it(apart, lifted, rate):
     grad_a, expected = torch.ones(RANK, 300), whole.clone()
     full_grad = grad + (low_grad @ a) * mask if apart else grad
     ops.swiglu_backward(full_grad.clone(), expected, None, None)
-    gated.swiglu_backward(grad, gate_up, ops.Behind(low_grad, a if apart else None, grad_a, masks), lift)
+    gated.swiglu_backward(grad, gate_up, Behind(low_grad, a if apart else None, grad_a, masks), lift)
     close([gate_up, grad_a], [expected, 1 + low_grad.t() @ (inner * mask)])
 
 
@@ -118,7 +119,7 @@ def test_cross_entropy():
 
 
 def test_dropout_keeps_its_share_and_its_mask():
-    x, masks = torch.ones(TOKENS, WIDTH), ops.Masks(torch.zeros(1, dtype=torch.int64), 0, 2, 0.25)
+    x, masks = torch.ones(TOKENS, WIDTH), Masks(torch.zeros(1, dtype=torch.int64), 0, 2, 0.25)
     first, again, other = (dropped.dropout(x, masks.each()[number], None) for number in (0, 0, 1))
     close(first, again)
     assert not torch.equal(first, other)
@@ -131,7 +132,7 @@ def test_dropout_masks_are_not_alike():
     """Neither the masks of a step nor those of two steps, nor a mask and itself a place or a row further on."""
     x, rate = torch.ones(400, WIDTH), 0.25
     masks = [
-        dropped.dropout(x, ops.Masks(torch.tensor([seed]), number, 1, rate), None) > 0
+        dropped.dropout(x, Masks(torch.tensor([seed]), number, 1, rate), None) > 0
         for seed in (0, 1)
         for number in (0, 1, 2)
     ]
@@ -146,7 +147,7 @@ def test_dropout_masks_are_not_alike():
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_products_of_adapters_with_what_dropout_leaves(count, rank):
     x, a = torch.randn(150, WIDTH), torch.randn(count * rank, WIDTH)
-    masks = ops.Masks(torch.tensor([7]), 3, count, 0.3)
+    masks = Masks(torch.tensor([7]), 3, count, 0.3)
     kept = [dropped.dropout(torch.ones_like(x), mask, None) for mask in masks.each()]
     parts = [(x * mask, first, mask) for mask, first in zip(kept, a.chunk(count), strict=True)]
     close(dropped.dropped_low(x, a, masks), torch.cat([left @ first.t() for left, first, _ in parts], 1))
@@ -154,10 +155,10 @@ def test_products_of_adapters_with_what_dropout_leaves(count, rank):
     lows = low_grad.chunk(count, dim=1)
     expected_a = 1 + torch.cat([low.t() @ left for low, (left, _, _) in zip(lows, parts, strict=True)])
     expected_input = input_grad + sum(low @ first * mask for low, (_, first, mask) in zip(lows, parts, strict=True))
-    dropped.low_backward(ops.Behind(low_grad, a, grad_a, masks), masks, x, input_grad)
+    dropped.low_backward(Behind(low_grad, a, grad_a, masks), masks, x, input_grad)
     close([grad_a, input_grad], [expected_a, expected_input])
     alone = torch.ones_like(a)
-    dropped.low_backward(ops.Behind(low_grad, None, alone, masks), masks, x, None)
+    dropped.low_backward(Behind(low_grad, None, alone, masks), masks, x, None)
     close(alone, expected_a)
 
 

@@ -16,6 +16,7 @@ from qlora_core.training.engine.blocks import Block, Context, Kept, read_blocks
 from qlora_core.training.engine.families import adapted_linears, shape_of
 from qlora_core.training.engine.linear import Group
 from qlora_core.training.engine.offload import HostMemory
+from qlora_core.training.engine.operands import Behind
 from qlora_core.training.engine.pack import Pack
 from qlora_core.training.engine.quack import gated, gated_backward, gates, product
 from qlora_core.training.memory import LOGIT_BYTES, ActivationMemory
@@ -207,7 +208,7 @@ class Engine:
         if pair is not None and kept.low is not None:
             low_grad = torch.empty_like(kept.low)
             ops.both_sides(grad, pair.b, kept.low, low_grad, pair.grad_b, pair.scale)
-            behind = ops.Behind(low_grad, pair.a if group.apart else None, pair.grad_a, group.masks(seed))
+            behind = Behind(low_grad, pair.a if group.apart else None, pair.grad_a, group.masks(seed))
         ops.swiglu_backward(inner_grad, kept.gate_up, behind, block.gate_up.lift(kept.gate_up_low))
         return kept.gate_up
 

@@ -14,15 +14,8 @@ from torch.nn import functional
 
 from qlora_core.errors import TrainingError
 from qlora_core.training.engine.adapter import FlatAdapter, Pair
-from qlora_core.training.engine.ops import (
-    LARGEST_FUSED_RANK,
-    Behind,
-    Lift,
-    Masks,
-    both_sides,
-    dropped_low,
-    low_backward,
-)
+from qlora_core.training.engine.operands import Behind, Lift, Masks
+from qlora_core.training.engine.ops import LARGEST_FUSED_RANK, both_sides, dropped_low, low_backward
 from qlora_core.training.engine.quack import product
 from qlora_core.training.engine.weights import Weight, weight_of
 

@@ -9,6 +9,7 @@ from peft.tuners.lora import LoraLayer
 
 from qlora_core.modeling.rows import TokenRow
 from qlora_core.training.engine import ops
+from qlora_core.training.engine.operands import Masks
 
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -42,7 +43,7 @@ def relative_difference(got: torch.Tensor, expected: torch.Tensor) -> float:
 class KnownDropout(torch.nn.Module):
     """The engine's dropout as a layer, so that PEFT's own forward draws the same masks."""
 
-    def __init__(self, masks: ops.Masks) -> None:
+    def __init__(self, masks: Masks) -> None:
         super().__init__()
         self._masks = masks
 
@@ -54,4 +55,4 @@ class KnownDropout(torch.nn.Module):
 def give_known_dropout(model: PeftModel, rate: float, seed: torch.Tensor) -> None:
     """Make PEFT's forward draw the masks that the engine makes of a seed."""
     for number, layer in enumerate(m for m in model.modules() if isinstance(m, LoraLayer)):
-        layer.lora_dropout["default"] = KnownDropout(ops.Masks(seed, number, 1, rate))
+        layer.lora_dropout["default"] = KnownDropout(Masks(seed, number, 1, rate))

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from qlora_core.training.engine.kernels.products import Tiling, padded, split, sum_into
-from qlora_core.training.engine.ops import Behind, Masks
+from qlora_core.training.engine.operands import Behind, Masks
 
 COLUMNS = 1024
 LOW = Tiling(tokens=64, columns=128, programs=528, warps=4, stages=3)

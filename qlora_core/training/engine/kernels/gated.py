@@ -10,7 +10,7 @@ import triton.language as tl
 
 from qlora_core.training.engine.kernels.dropped import kept, keys, scale_of, threshold_of
 from qlora_core.training.engine.kernels.products import SMALLEST_DOT, Tiling, padded, split, sum_into
-from qlora_core.training.engine.ops import Behind, Lift, Masks
+from qlora_core.training.engine.operands import Behind, Lift, Masks
 
 COLUMNS = 1024
 FORWARD = Tiling(tokens=32, columns=128, programs=4224, warps=4, stages=3)
