@@ -367,11 +367,11 @@ def _explained(error: Exception) -> "QloraError":
 
 
 def _start():  # type: ignore[no-untyped-def]
-    """Settings for this command, with Prefect pointed at them before it is imported."""
+    """Settings for this command, with Prefect and MLflow told of them before they are imported."""
     from tasks.settings import Settings
 
     settings = Settings()
-    settings.configure_prefect()
+    settings.configure_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return settings
 

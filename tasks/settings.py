@@ -7,6 +7,8 @@ from urllib.parse import urlsplit, urlunsplit
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from tasks import configure_mlflow
+
 
 class Settings(BaseSettings):
     """Settings from `QLORA_*` variables; nothing set means embedded: everything below one folder.
@@ -64,8 +66,9 @@ class Settings(BaseSettings):
         for name in ("prefect", "mlflow"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
 
-    def configure_prefect(self) -> None:
-        """Point Prefect at the home, before it is imported; what the user has set stays."""
+    def configure_libraries(self) -> None:
+        """Point Prefect at the home, before it is imported, and calm MLflow; what the user has set stays."""
+        configure_mlflow()
         defaults = {
             "DO_NOT_TRACK": "1",
             "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

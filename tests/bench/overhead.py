@@ -87,7 +87,7 @@ def flows(recipe: Path) -> tuple[list[float], float]:
     from qlora_core.recipe import load_recipe
     from tasks.settings import Settings
 
-    Settings().configure_prefect()
+    Settings().configure_libraries()
     loaded, seconds = load_recipe(recipe), []
     with contextlib.redirect_stdout(io.StringIO()) as said:
         retrain(loaded, True)

@@ -77,7 +77,7 @@ def _make_two_champions() -> None:
     from tasks.settings import Settings
 
     settings = Settings()
-    settings.configure_prefect()
+    settings.configure_libraries()
     settings.make_home()
     registry, author = ModelRegistry(settings), moves.me("bench")
     registry.client.create_registered_model(MODEL)

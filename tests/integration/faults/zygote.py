@@ -121,7 +121,7 @@ def import_all() -> None:
     """Everything that a retraining imports, before any thread is started."""
     from tasks.settings import Settings
 
-    Settings().configure_prefect()
+    Settings().configure_libraries()
     import importlib
 
     for name in (
