@@ -18,7 +18,7 @@ from qlora_core.training.engine.linear import Group
 from qlora_core.training.engine.offload import HostMemory
 from qlora_core.training.engine.operands import Behind
 from qlora_core.training.engine.pack import Pack
-from qlora_core.training.engine.quack import gated, gated_backward, gates, product
+from qlora_core.training.engine.quack import can_gate, gated, gated_backward, product
 from qlora_core.training.memory import LOGIT_BYTES, ActivationMemory
 
 TILE_ROWS = 256
@@ -123,16 +123,16 @@ class Engine:
         return ops.add_rms_norm(stream, delta, self._final_norm, self.shape.eps)
 
     def _context(self, pack: Pack, seed: torch.Tensor | None) -> Context:
-        self._take_turns()
+        self._interleave()
         cos, sin = self._rotary(self._embedding[:1], pack.position_ids[None])
         return Context(pack, cos[0].contiguous(), sin[0].contiguous(), seed)
 
-    def _take_turns(self) -> None:
-        """Let gate and up take turns where their product can make the activation; that is known between passes."""
+    def _interleave(self) -> None:
+        """Interleave gate and up where their product can make the activation; that is known between passes."""
         for block in self._blocks:
             outputs, inputs = block.gate_up.shape
-            possible = block.gate_up.can_take_turns and not block.down.apart
-            block.gate_up.take_turns(possible and gates(self._head, inputs, outputs // 2))
+            possible = block.gate_up.can_interleave and not block.down.apart
+            block.gate_up.interleave(possible and can_gate(self._head, inputs, outputs // 2))
 
     def _forward(
         self, block: Block, entry: torch.Tensor, delta: torch.Tensor | None, context: Context
@@ -143,7 +143,7 @@ class Engine:
         else:
             entry, normed = ops.add_rms_norm(entry, delta, block.input_norm, self.shape.eps)
         made, normed = self._attention(block, entry, normed, context)
-        if block.gate_up.in_turn:
+        if block.gate_up.interleaved:
             gate_up, inner = gated(normed, block.gate_up.weight().t())
             return made._replace(gate_up=gate_up), block.down.forward(inner, context.seed)
         gate_up, gate_up_low = self._gate_up(block, normed, context)
@@ -199,7 +199,7 @@ class Engine:
         """The gradient of gate and up, in their place."""
         assert kept.gate_up is not None
         group = block.down
-        if block.gate_up.in_turn:
+        if block.gate_up.interleaved:
             inner, pair = gated_backward(grad, group.weight(), kept.gate_up), _only(group.pairs)
             if pair is not None:
                 _grads_of_one(pair, inner, grad)

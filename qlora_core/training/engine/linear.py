@@ -37,8 +37,8 @@ class Group:
         self.apart = self._drops
         """Whether the adapter is computed beside the weight and not as part of it."""
         self._kept: torch.Tensor | None = None
-        self.in_turn = False
-        """Whether the columns of the outputs of two parts take turns, as `quack.gated` reads them."""
+        self.interleaved = False
+        """Whether the outputs of two parts take turns in the columns, as `quack.gated` reads them."""
 
     @property
     def bytes(self) -> int:
@@ -47,15 +47,15 @@ class Group:
         return size
 
     @property
-    def can_take_turns(self) -> bool:
-        """Whether whoever reads and writes outputs of two parts in turn can do so here."""
+    def can_interleave(self) -> bool:
+        """Whether all that reads and writes interleaved outputs can do so here."""
         adapted = len(self.pairs) == 2 and len(self.pairs[0].a) <= LARGEST_FUSED_RANK
         return not self.apart and self._bias is None and (adapted or not self.pairs)
 
-    def take_turns(self, wanted: bool) -> None:
-        """Let the outputs of both parts take turns, or not; between passes only."""
-        if wanted != self.in_turn:
-            self.in_turn = wanted
+    def interleave(self, wanted: bool) -> None:
+        """Let the outputs of both parts take turns in the columns, or not; between passes only."""
+        if wanted != self.interleaved:
+            self.interleaved = wanted
             self.refresh()
 
     def keep(self) -> None:
@@ -123,7 +123,7 @@ class Group:
             return
         low, rank = self._low(x, seed), len(self.pairs[0].a)
         low_grad = torch.empty_like(low)
-        if self.in_turn:
+        if self.interleaved:
             both_sides(grad, self._stacked("b"), low, low_grad, self._stacked("grad_b"), self.pairs[0].scale, parts=2)
         else:
             for number, (part, pair) in enumerate(self._adapted()):
@@ -166,7 +166,7 @@ class Group:
     def _fill(self, out: torch.Tensor) -> None:
         for number, part in enumerate(self._parts):
             pair = None if self.apart else part.pair
-            rows = slice(number, None, 2) if self.in_turn else part.columns
+            rows = slice(number, None, 2) if self.interleaved else part.columns
             part.weight.fill(out[rows], pair and pair.a, pair and pair.b)
 
 

@@ -254,7 +254,7 @@ def both_sides(
     """`low = x @ m` and `grad += scale * x.T @ u`, for each part of the columns of `x`.
 
     Args:
-        x: `[tokens, width]`; with two parts their columns take turns.
+        x: `[tokens, width]`; the columns of two parts are interleaved.
         m: `[width, rank]`, of one part above the other.
         u: `[tokens, parts * rank]`, of one part beside the other.
         low: like `u`; is written.

@@ -3,8 +3,8 @@
 A GPU that trains runs at its power limit, where a kernel is as fast as it is frugal: for wide outputs QuACK's takes
 0.93 to 0.97 of the time of cuBLAS's, with the same bits. For outputs no wider than inputs there is nothing to gain.
 
-The gated activation costs nothing when it is computed where a product's tiles are written, forward and backward. Gate
-and up take turns in the columns then, so that both are in one tile.
+The gated activation needs no pass over memory of its own when it is computed where a product's tiles are written,
+forward and backward. The columns of gate and up are interleaved then, so that both are in one tile.
 """
 
 from functools import cache
@@ -36,7 +36,7 @@ def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return torch.mm(x, weight)
 
 
-def gates(like: torch.Tensor, inputs: int, width: int) -> bool:
+def can_gate(like: torch.Tensor, inputs: int, width: int) -> bool:
     """Whether `gated` and `gated_backward` can be used on the device and with the dtype of a tensor."""
     return like.is_cuda and not inputs % ALIGNED and not width % ALIGNED and why_not("quack", form(like.dtype)) is None
 
@@ -46,10 +46,10 @@ def gated(x: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
     Args:
         x: `[tokens, inputs]`
-        weight: `[inputs, 2 * width]`, columns of gate and up in turn.
+        weight: `[inputs, 2 * width]`, columns of gate and up interleaved.
 
     Returns:
-        `[tokens, 2 * width]`, columns in turn, and `[tokens, width]`.
+        `[tokens, 2 * width]`, interleaved, and `[tokens, width]`.
     """
     made: tuple[torch.Tensor, torch.Tensor] = _quack().gemm_gated(x, weight, activation="swiglu", tuned=False)
     return made
@@ -61,7 +61,7 @@ def gated_backward(grad: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tens
     Args:
         grad: `[tokens, outputs]`, of what the activation was multiplied to.
         weight: `[outputs, width]`
-        gate_up: `[tokens, 2 * width]`, columns in turn; becomes its own gradient.
+        gate_up: `[tokens, 2 * width]`, interleaved; becomes its own gradient.
 
     Returns:
         The activation, `[tokens, width]`.

@@ -110,7 +110,7 @@ def test_weights_that_stay_dequantized_give_the_same(apart, tmp_path):
 
 @pytest.mark.parametrize("targets", [TARGETS, ["down_proj"], ["gate_proj", "up_proj"], ["gate_proj"]], ids="-".join)
 @pytest.mark.parametrize("memory", ["fast", "balanced", "small"])
-def test_gate_and_up_that_take_turns_give_the_same(memory, targets, tmp_path, monkeypatch):
+def test_interleaved_gate_and_up_give_the_same(memory, targets, tmp_path, monkeypatch):
     """QuACK needs a Hopper GPU: its two gated products are written in torch here, and `tests/gpu` has them."""
 
     def gated(x, weight):
@@ -127,17 +127,17 @@ def test_gate_and_up_that_take_turns_give_the_same(memory, targets, tmp_path, mo
     model, rows = adapted(CONFIGS["llama"], tmp_path, target_modules=targets), random_rows(VOCABULARY, ROWS)
     expected, gradients = plain_pass(model, rows)
     engine = Engine(model, torch.float32, memory)
-    engine.keep_weights(1_000_000)  # of some groups, laid out before turns are taken
+    engine.keep_weights(1_000_000)  # of some groups, laid out before they are interleaved
     pack, seed = pack_rows(rows, False), torch.zeros(1)
     before = engine.loss(pack).item()
-    for name, function in {"gates": lambda *_: True, "gated": gated, "gated_backward": gated_backward}.items():
+    for name, function in {"can_gate": lambda *_: True, "gated": gated, "gated_backward": gated_backward}.items():
         monkeypatch.setattr(f"qlora_core.training.engine.engine.{name}", function)
     engine.adapter.grads.zero_()
     assert engine.loss_and_grads(pack, seed).item() == pytest.approx(expected, rel=TOLERANCE)
     assert worst(model, gradients) < TOLERANCE
     assert engine.loss(pack).item() == pytest.approx(before, rel=TOLERANCE)
     possible = targets != ["gate_proj"]
-    assert [group.in_turn for group in engine.groups()] == 3 * [False, False, possible, False]
+    assert [group.interleaved for group in engine.groups()] == 3 * [False, False, possible, False]
 
 
 def test_modules_in_another_order_give_the_same(tmp_path):
