@@ -22,7 +22,7 @@ ui: $(STAMP)     ## the MLflow UI and the Prefect UI of the quickstart
 	@$(BIN)/qlora ui
 
 test: $(STAMP)   ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not gptq and not extras" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not gpu and not gptq and not extras" --numprocesses 2 --dist loadfile
 
 test-gptq: $(GPTQ_STAMP)  ## the tests of GPTQ bases and of the lm-evaluation-harness, in an environment that has them
 	$(GPTQ)/bin/python -m pytest -m "gptq or extras"

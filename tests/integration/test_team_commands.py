@@ -359,7 +359,8 @@ def test_trials_run_on_the_workers_of_a_deployment_and_what_was_trained_is_reuse
 def test_the_doctor_notices_that_the_object_store_is_down(us: Team, monkeypatch: pytest.MonkeyPatch):
     """The last one here: nothing starts it again."""
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
-    (store,) = [child for child in psutil.Process().children() if Path(child.cmdline()[0]).name == "weed"]
+    port = us.s3_url.rpartition(":")[2]  # a team of another module may still be there
+    (store,) = [child for child in psutil.Process().children() if f"-s3.port={port}" in child.cmdline()]
     store.kill()
     found = failure(mlflow_server.examine(Settings()))
     assert (found.what, found.found.partition(":")[0]) == ("object store", "cannot write")
