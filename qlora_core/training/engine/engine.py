@@ -84,6 +84,7 @@ class Engine:
         Returns:
             The sum of the losses of all targets, 0-d, fp32.
         """
+        self._interleave()
         context, last = self._context(pack, seed), len(self._blocks) - 1
         kept: dict[int, Kept] = {}
         stream, delta = self._embedded(pack, noise), None
@@ -106,6 +107,7 @@ class Engine:
     @torch.no_grad()
     def loss(self, pack: Pack) -> torch.Tensor:
         """Sum of the losses of a pack's targets, 0-d, fp32, without dropout."""
+        self._interleave()
         context = self._context(pack, None)
         stream, delta = self._embedded(pack, None), None
         for block in self._blocks:
@@ -123,7 +125,6 @@ class Engine:
         return ops.add_rms_norm(stream, delta, self._final_norm, self.shape.eps)
 
     def _context(self, pack: Pack, seed: torch.Tensor | None) -> Context:
-        self._interleave()
         cos, sin = self._rotary(self._embedding[:1], pack.position_ids[None])
         return Context(pack, cos[0].contiguous(), sin[0].contiguous(), seed)
 
@@ -200,9 +201,7 @@ class Engine:
         assert kept.gate_up is not None
         group = block.down
         if block.gate_up.interleaved:
-            inner, pair = gated_backward(grad, group.weight(), kept.gate_up), _only(group.pairs)
-            if pair is not None:
-                _grads_of_one(pair, inner, grad)
+            group.adapter_grads_of_wide_input(grad, gated_backward(grad, group.weight(), kept.gate_up))
             return kept.gate_up
         inner_grad, pair, behind = group.input_grad(grad), _only(group.pairs), None
         if pair is not None and kept.low is not None:
@@ -285,14 +284,6 @@ class Engine:
         if self._host is not None:
             self._host.prefetch(number - 1)
         return mine
-
-
-def _grads_of_one(pair: Pair, x: torch.Tensor, grad: torch.Tensor) -> None:
-    """Add the gradients of an adapter, reading its input once: for inputs that are wide beside the outputs."""
-    low_grad = torch.mm(grad, pair.b)
-    low = torch.empty_like(low_grad)
-    ops.both_sides(x, pair.a.t(), low_grad, low, pair.grad_a.t(), 1.0)
-    ops.add_product(pair.grad_b, grad.t(), low, pair.scale)
 
 
 def _only(pairs: list[Pair]) -> Pair | None:

@@ -15,7 +15,7 @@ from torch.nn import functional
 from qlora_core.errors import TrainingError
 from qlora_core.training.engine.adapter import FlatAdapter, Pair
 from qlora_core.training.engine.operands import Behind, Lift, Masks
-from qlora_core.training.engine.ops import LARGEST_FUSED_RANK, both_sides, dropped_low, low_backward
+from qlora_core.training.engine.ops import LARGEST_FUSED_RANK, add_product, both_sides, dropped_low, low_backward
 from qlora_core.training.engine.quack import product
 from qlora_core.training.engine.weights import Weight, weight_of
 
@@ -72,6 +72,14 @@ class Group:
         """Make the held weight anew."""
         if self._kept is not None and not self.apart:
             self._fill(self._kept)
+
+    def weight(self) -> torch.Tensor:
+        """`[outputs, inputs]`, dequantized, with the adapter unless that stands apart."""
+        if self._kept is not None:
+            return self._kept
+        out = torch.empty(self.shape, dtype=self._dtype, device=self._device)
+        self._fill(out)
+        return out
 
     def forward(self, x: torch.Tensor, seed: torch.Tensor | None, low: torch.Tensor | None = None) -> torch.Tensor:
         """`[tokens, inputs]` to `[tokens, outputs]`; `low` is what the first matrix of its adapter made of `x`."""
@@ -132,6 +140,14 @@ class Group:
         a = self._stacked("a") if self.apart else None
         low_backward(Behind(low_grad, a, self._stacked("grad_a"), self.masks(seed)), x, input_grad)
 
+    def adapter_grads_of_wide_input(self, grad: torch.Tensor, x: torch.Tensor) -> None:
+        """As `adapter_grads`, of one linear whose adapter is part of its weight; reads `x` once and not twice."""
+        for pair in self.pairs:
+            low_grad = torch.mm(grad, pair.b)
+            low = torch.empty_like(low_grad)
+            both_sides(x, pair.a.t(), low_grad, low, pair.grad_a.t(), 1.0)
+            add_product(pair.grad_b, grad.t(), low, pair.scale)
+
     @property
     def _drops(self) -> bool:
         return any(pair.dropout > 0 for pair in self.pairs)
@@ -154,14 +170,6 @@ class Group:
         if self._bias is None:
             return product(x, self.weight().t())
         return functional.linear(x, self.weight(), self._bias)
-
-    def weight(self) -> torch.Tensor:
-        """`[outputs, inputs]`, dequantized, with the adapter unless that stands apart."""
-        if self._kept is not None:
-            return self._kept
-        out = torch.empty(self.shape, dtype=self._dtype, device=self._device)
-        self._fill(out)
-        return out
 
     def _fill(self, out: torch.Tensor) -> None:
         for number, part in enumerate(self._parts):

@@ -18,7 +18,7 @@ WIDE = 2
 """Outputs an input, from which a product is wide."""
 ENOUGH_TOKENS = 1024
 ALIGNED = 8
-"""Values, of which rows that are copied by the tensor memory accelerator have whole multiples."""
+"""16-bit values, 16 bytes: the tensor memory accelerator copies rows that are whole multiples of them."""
 PROBED = 512
 
 
