@@ -29,7 +29,7 @@ def begin_compiling(base: ModelSnapshot, dtype: torch.dtype) -> None:
     if base.architecture.model_type in FAMILIES and dtype != torch.float16:
         config = AutoConfig.from_pretrained(base.path)
         start("flash4", *_flash4_form(config, dtype))
-        start("quack", quack.form(dtype))
+        start("quack", *_quack_form(config, dtype))
 
 
 def build_loss(
@@ -92,16 +92,20 @@ def _available_gib(device: torch.device) -> float:
 
 
 def _kernels(config: PretrainedConfig, dtype: torch.dtype) -> str:
-    attention, products = why_not("flash4", *_flash4_form(config, dtype)), why_not("quack", quack.form(dtype))
+    attention, products = why_not("flash4", *_flash4_form(config, dtype)), why_not("quack", *_quack_form(config, dtype))
     return (
         f"attention by {'FlashAttention 4' if attention is None else f'cuDNN and FlashAttention 2 ({attention})'}, "
-        f"wide products by {'QuACK' if products is None else f'cuBLAS ({products})'}"
+        f"many products by {'QuACK' if products is None else f'cuBLAS ({products})'}"
     )
 
 
 def _flash4_form(config: PretrainedConfig, dtype: torch.dtype) -> tuple[str, ...]:
     shape = shape_of(config)
     return flash4.form(shape.query_heads, shape.kv_heads, shape.head_width, dtype)
+
+
+def _quack_form(config: PretrainedConfig, dtype: torch.dtype) -> tuple[str, ...]:
+    return quack.form(dtype, config.hidden_size, config.vocab_size)
 
 
 def _describe(plan: MemoryPlan, kept: int, groups: int) -> str:

@@ -12,8 +12,8 @@ from qlora_core.training.engine.compiled import settle, start, wait, why_not
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.graphs import Replayed
 from qlora_core.training.engine.operands import Behind
-from qlora_core.training.engine.pack import pack_rows
-from qlora_core.training.engine.quack import ENOUGH_TOKENS, gated, gated_backward, product
+from qlora_core.training.engine.pack import IGNORED, pack_rows
+from qlora_core.training.engine.quack import Quack, form
 from tests.unit.training.engine_models import TARGETS, give_known_dropout, random_rows, randomize, relative_difference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -49,7 +49,7 @@ def skip_without(kernel, *form: str) -> None:
 def newest_kernels():
     """Where they are installed, the engine runs with them from the first pass of a test on."""
     compiled_now("flash4", *flash4.form(SHAPE["num_attention_heads"], SHAPE["num_key_value_heads"], 64, torch.bfloat16))
-    compiled_now("quack", "bfloat16")
+    compiled_now("quack", *form(torch.bfloat16, SHAPE["hidden_size"], SHAPE["vocab_size"]))
 
 
 def on_both(function, *tensors: torch.Tensor) -> float:
@@ -62,9 +62,9 @@ def on_both(function, *tensors: torch.Tensor) -> float:
     return max(relative_difference(b.cpu(), a) for a, b in pairs if a.is_floating_point())
 
 
-def both_sides(x: torch.Tensor, m: torch.Tensor, u: torch.Tensor, parts: int = 1) -> tuple[torch.Tensor, ...]:
+def both_sides(x: torch.Tensor, m: torch.Tensor, u: torch.Tensor, *parts: slice) -> tuple[torch.Tensor, ...]:
     low, grad = torch.empty_like(u), torch.zeros(m.shape, device=m.device)
-    ops.both_sides(x, m, u, low, grad, 0.5, parts)
+    ops.both_sides(x, m, u, low, grad, 0.5, parts or (slice(None),))
     return low, grad
 
 
@@ -89,7 +89,14 @@ def test_kernels_agree_with_torch():
         ),
         "swiglu backward alone": (lambda g, x: ops.swiglu_backward(g, x, None, None), d, wide),
         "both sides": (both_sides, wide, torch.randn(400, 16), torch.randn(300, 16)),
-        "both sides of two": (lambda *of: both_sides(*of, parts=2), wide, torch.randn(400, 16), torch.randn(300, 32)),
+        "both sides of two": (
+            lambda *of: both_sides(*of, slice(0, None, 2), slice(1, None, 2)),
+            wide, torch.randn(400, 16), torch.randn(300, 32),
+        ),
+        "both sides of three": (
+            lambda *of: both_sides(*of, slice(0, 200), slice(200, 240), slice(280, 400)),
+            wide, torch.randn(360, 16), torch.randn(300, 48),
+        ),
         "rotate": (lambda x, c, s: ops.rotate(x, x, c, s, None, 1e-6, 4, 2), qkv, cos, sin),
         "rotate normed": (
             lambda x, c, s, n: (lambda out: (ops.rotate(x, out, c, s, (n[0], n[1]), 1e-6, 4, 2), out)[1])(
@@ -148,27 +155,57 @@ def plain_pass(model: PeftModel, rows) -> tuple[float, torch.Tensor]:
     return loss.item(), gradients(model)
 
 
-@pytest.mark.parametrize("row_major", [True, False])
-def test_wide_products_are_those_of_torch(row_major):
+@pytest.fixture(scope="module", params=[(512, 512), (3584, 152_064)], ids=["few inputs", "7B"])
+def kernels(request):
+    """Of a small model, and of one whose head has tiles of its own."""
+    skip_without("quack", *form(torch.bfloat16, *request.param))
+    return Quack(torch.bfloat16, *request.param)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "inputs", "outputs"), [(1100, 256, 1000), (1100, 4096, 512), (1100, 2304, 2304), (1024, 8192, 3584)]
+)
+@pytest.mark.parametrize("inputs_adjacent", [True, False])
+@pytest.mark.parametrize("biased", [True, False])
+def test_products_are_those_of_torch(kernels, tokens, inputs, outputs, inputs_adjacent, biased):
     torch.manual_seed(0)
-    x = torch.randn(ENOUGH_TOKENS + 76, 256).bfloat16()
-    weight = torch.randn(256, 1000).bfloat16() if row_major else torch.randn(1000, 256).bfloat16().t()
-    assert relative_difference(product(x.cuda(), weight.cuda()).cpu(), x.float() @ weight.float()) < 3e-3
+    x, bias = torch.randn(tokens, inputs).bfloat16(), torch.randn(outputs).bfloat16() if biased else None
+    shape = (outputs, inputs) if inputs_adjacent else (inputs, outputs)
+    weight = torch.randn(shape).bfloat16() / inputs**0.5
+    weight = weight.t() if inputs_adjacent else weight
+    expected = x.cuda().float() @ weight.cuda().float() + (0 if bias is None else bias.cuda().float())
+    out, there = x.new_empty(tokens, outputs).cuda(), bias if bias is None else bias.cuda()
+    for made in (kernels.product(x.cuda(), weight.cuda(), there), kernels.product(x.cuda(), weight.cuda(), there, out)):
+        assert relative_difference(made, expected) < 3e-3
+    assert made is out or made.data_ptr() == out.data_ptr()
 
 
-def test_gated_products_are_those_of_torch():
-    skip_without("quack", "bfloat16")
+def test_losses_and_their_gradients_are_those_of_torch(kernels):
+    torch.manual_seed(0)
+    for vocabulary in (int(kernels._form[2]), 1001):
+        logits = torch.randn(65, vocabulary).bfloat16()
+        targets = torch.randint(0, vocabulary, (65,))
+        targets[::7] = IGNORED
+        exact, fast = logits.float(), logits.cuda()
+        expected, losses = ops.cross_entropy(exact, targets), kernels.cross_entropy(fast, targets.cuda())
+        assert relative_difference(losses.cpu(), expected) < 1e-4
+        assert relative_difference(fast.cpu(), exact) < 5e-3
+        assert not fast[::7].any()
+        assert not losses[::7].any()
+
+
+def test_gated_products_are_those_of_torch(kernels):
     torch.manual_seed(0)
     x, grad = torch.randn(300, 256).bfloat16(), torch.randn(300, 200).bfloat16()
-    weight, behind = torch.randn(256, 1000).bfloat16() / 16, torch.randn(200, 500).bfloat16() / 16
-    gate_up, inner = gated(x.cuda(), weight.cuda())
+    weight, behind = torch.randn(256, 1008).bfloat16() / 16, torch.randn(200, 504).bfloat16() / 16
+    gate_up, inner = kernels.gated(x.cuda(), weight.cuda())
     both = x.float() @ weight.float()
     assert relative_difference(gate_up.cpu(), both) < 3e-3
     both = gate_up.cpu().float()
     whole = torch.cat([both[:, ::2], both[:, 1::2]], dim=1)
     expected = ops.swiglu(whole, None, None, None)[0]
     assert relative_difference(inner.cpu(), expected) < 5e-3
-    again = gated_backward(grad.cuda(), behind.cuda(), gate_up)
+    again = kernels.gated_backward(grad.cuda(), behind.cuda(), gate_up)
     ops.swiglu_backward(grad.float() @ behind.float(), whole, None, None)
     assert relative_difference(again.cpu(), expected) < 5e-3
     assert relative_difference(gate_up.cpu(), torch.stack(whole.chunk(2, dim=1), dim=2).flatten(1)) < 5e-3

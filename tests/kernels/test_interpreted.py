@@ -99,17 +99,28 @@ def test_gated_activation_without_an_adapter_behind_it():
 
 
 @pytest.mark.parametrize("rank", [RANK, 40])
-@pytest.mark.parametrize("parts", [1, 2])
+@pytest.mark.parametrize(
+    "parts",
+    [
+        (slice(None),),
+        (slice(0, 200), slice(200, 520)),
+        (slice(3, 90), slice(90, 120), slice(400, 520)),
+        (slice(0, None, 2), slice(1, None, 2)),
+    ],
+    ids=["one", "two", "three", "interleaved"],
+)
 def test_both_products_of_adapters_read_the_wide_matrix_once(parts, rank):
-    x, m, u = torch.randn(300, 520), torch.randn(520, rank), torch.randn(300, parts * rank)
-    low, grad = torch.empty(300, parts * rank), torch.ones(520, rank)
+    x, rows = torch.randn(300, 520), sum(len(range(*part.indices(520))) for part in parts)
+    m, u = torch.randn(rows, rank), torch.randn(300, len(parts) * rank)
+    low, grad = torch.empty(300, len(parts) * rank), torch.ones(rows, rank)
     expected_low, expected_grad = low.clone(), grad.clone()
     products.both_sides(x, m, u, low, grad, 0.5, parts)
     ops.both_sides(x, m, u, expected_low, expected_grad, 0.5, parts)
     close([low, grad], [expected_low, expected_grad])
-    close(low[:, :rank], x[:, ::parts] @ m[: 520 // parts])
+    first = x[:, parts[0]]
+    close(low[:, :rank], first @ m[: first.shape[1]])
     close(grad[-1], 1 + 0.5 * x[:, -1] @ u[:, -rank:])
-    lying_low, lying = torch.empty_like(low), torch.ones(rank, 520)
+    lying_low, lying = torch.empty_like(low), torch.ones(rank, rows)
     products.both_sides(x, m.t().contiguous().t(), u, lying_low, lying.t(), 0.5, parts)
     close([lying_low, lying.t()], [low, grad])
 

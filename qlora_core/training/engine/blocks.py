@@ -9,6 +9,7 @@ from qlora_core.training.engine.adapter import FlatAdapter
 from qlora_core.training.engine.families import FAMILIES, GROUPS, blocks_of, linears
 from qlora_core.training.engine.linear import Group, group_of
 from qlora_core.training.engine.pack import Pack
+from qlora_core.training.engine.quack import Quack
 
 
 class Block(NamedTuple):
@@ -51,14 +52,14 @@ class Context(NamedTuple):
     seed: torch.Tensor | None
 
 
-def read_blocks(model: PreTrainedModel, adapter: FlatAdapter, dtype: torch.dtype) -> list[Block]:
+def read_blocks(model: PreTrainedModel, adapter: FlatAdapter, dtype: torch.dtype, quack: Quack) -> list[Block]:
     """All blocks, in order."""
     normed = FAMILIES[model.config.model_type].head_norms
-    return [_read_block(block, normed, adapter, dtype) for block in blocks_of(model)]
+    return [_read_block(block, normed, adapter, dtype, quack) for block in blocks_of(model)]
 
 
-def _read_block(block: torch.nn.Module, normed: bool, adapter: FlatAdapter, dtype: torch.dtype) -> Block:
-    groups = {name: group_of(linears(block, name), adapter, dtype) for name in GROUPS}
+def _read_block(block: torch.nn.Module, normed: bool, adapter: FlatAdapter, dtype: torch.dtype, quack: Quack) -> Block:
+    groups = {name: group_of(linears(block, name), adapter, dtype, quack) for name in GROUPS}
     heads = (_norm(block, "self_attn.q_norm"), _norm(block, "self_attn.k_norm")) if normed else None
     return Block(
         input_norm=_norm(block, "input_layernorm"),

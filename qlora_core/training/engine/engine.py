@@ -18,11 +18,9 @@ from qlora_core.training.engine.linear import Group
 from qlora_core.training.engine.offload import HostMemory
 from qlora_core.training.engine.operands import Behind
 from qlora_core.training.engine.pack import Pack
-from qlora_core.training.engine.quack import can_gate, gated, gated_backward, product
-from qlora_core.training.memory import LOGIT_BYTES, ActivationMemory
+from qlora_core.training.engine.quack import Quack
+from qlora_core.training.memory import ActivationMemory, logit_rows
 
-TILE_ROWS = 256
-"""Of the largest tiles of matrix products."""
 NEAR_THE_END = 2
 """Blocks at the end of the forward that keep everything, because their backward comes at once."""
 
@@ -47,7 +45,8 @@ class Engine:
         self._head = base.get_output_embeddings().weight.detach()
         self._final_norm = decoder.norm.weight.detach()
         self._rotary = decoder.rotary_emb
-        self._blocks = read_blocks(base, self.adapter, dtype)
+        self._quack = Quack(dtype, self.shape.hidden, len(self._head))
+        self._blocks = read_blocks(base, self.adapter, dtype, self._quack)
         self._host = HostMemory() if activation_memory == "small" and self._head.is_cuda else None
 
     def groups(self) -> list[Group]:
@@ -133,7 +132,7 @@ class Engine:
         for block in self._blocks:
             outputs, inputs = block.gate_up.shape
             possible = block.gate_up.can_interleave and not block.down.apart
-            block.gate_up.interleave(possible and can_gate(self._head, inputs, outputs // 2))
+            block.gate_up.interleave(possible and self._quack.can_gate(self._head, inputs, outputs // 2))
 
     def _forward(
         self, block: Block, entry: torch.Tensor, delta: torch.Tensor | None, context: Context
@@ -145,7 +144,7 @@ class Engine:
             entry, normed = ops.add_rms_norm(entry, delta, block.input_norm, self.shape.eps)
         made, normed = self._attention(block, entry, normed, context)
         if block.gate_up.interleaved:
-            gate_up, inner = gated(normed, block.gate_up.weight().t())
+            gate_up, inner = self._quack.gated(normed, block.gate_up.weight().t())
             return made._replace(gate_up=gate_up), block.down.forward(inner, context.seed)
         gate_up, gate_up_low = self._gate_up(block, normed, context)
         del normed
@@ -201,7 +200,8 @@ class Engine:
         assert kept.gate_up is not None
         group = block.down
         if block.gate_up.interleaved:
-            group.adapter_grads_of_wide_input(grad, gated_backward(grad, group.weight(), kept.gate_up))
+            inner = self._quack.gated_backward(grad, group.weight(), kept.gate_up)
+            group.adapter_grads_of_wide_input(grad, inner)
             return kept.gate_up
         inner_grad, pair, behind = group.input_grad(grad), _only(group.pairs), None
         if pair is not None and kept.low is not None:
@@ -241,14 +241,13 @@ class Engine:
     def _head_loss(self, states: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of losses, and the gradient of `states`; the head runs in chunks, and only where it predicts."""
         picked = states[pack.predicts]
-        chunk = LOGIT_BYTES // (len(self._head) * self._head.element_size())
-        chunk = max(64, chunk // TILE_ROWS * TILE_ROWS)
+        chunk = logit_rows(len(self._head), self._head.element_size())
         loss = torch.zeros((), dtype=torch.float32, device=states.device)
         for start in range(0, len(picked), chunk):
             part = picked[start : start + chunk]
-            logits = product(part, self._head.t())
-            loss += ops.cross_entropy(logits, pack.targets[start : start + chunk]).sum()
-            torch.mm(logits, self._head, out=part)
+            logits = self._quack.product(part, self._head.t())
+            loss += self._quack.cross_entropy(logits, pack.targets[start : start + chunk]).sum()
+            self._quack.product(logits, self._head, out=part)
         return loss, torch.zeros_like(states).index_copy_(0, pack.predicts, picked)
 
     def _rotated(self, block: Block, qkv: torch.Tensor, context: Context) -> tuple[torch.Tensor, ...]:

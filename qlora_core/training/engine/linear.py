@@ -10,13 +10,12 @@ from typing import Literal, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
-from torch.nn import functional
 
 from qlora_core.errors import TrainingError
 from qlora_core.training.engine.adapter import FlatAdapter, Pair
 from qlora_core.training.engine.operands import Behind, Lift, Masks
 from qlora_core.training.engine.ops import LARGEST_FUSED_RANK, add_product, both_sides, dropped_low, low_backward
-from qlora_core.training.engine.quack import product
+from qlora_core.training.engine.quack import Quack
 from qlora_core.training.engine.weights import Weight, weight_of
 
 
@@ -31,8 +30,15 @@ class Part(NamedTuple):
 class Group:
     """Linears that read the same input."""
 
-    def __init__(self, parts: Sequence[Part], bias: torch.Tensor | None, dtype: torch.dtype, device: torch.device):
-        self._parts, self._bias, self._dtype, self._device = parts, bias, dtype, device
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        bias: torch.Tensor | None,
+        dtype: torch.dtype,
+        device: torch.device,
+        quack: Quack,
+    ) -> None:
+        self._parts, self._bias, self._dtype, self._device, self._quack = parts, bias, dtype, device, quack
         self.shape = (parts[-1].columns.stop, parts[0].weight.shape[1])
         self.apart = self._drops
         """Whether the adapter is computed beside the weight and not as part of it."""
@@ -103,7 +109,7 @@ class Group:
 
     def input_grad(self, grad: torch.Tensor) -> torch.Tensor:
         """Gradient of the input but for what `adapter_grads` adds."""
-        return product(grad, self.weight())
+        return self._quack.product(grad, self.weight())
 
     @property
     def pairs(self) -> list[Pair]:
@@ -129,14 +135,10 @@ class Group:
         """
         if not self.pairs:
             return
-        low, rank = self._low(x, seed), len(self.pairs[0].a)
+        low, scale = self._low(x, seed), self.pairs[0].scale
         low_grad = torch.empty_like(low)
-        if self.interleaved:
-            both_sides(grad, self._stacked("b"), low, low_grad, self._stacked("grad_b"), self.pairs[0].scale, parts=2)
-        else:
-            for number, (part, pair) in enumerate(self._adapted()):
-                mine = slice(number * rank, (number + 1) * rank)
-                both_sides(grad[:, part.columns], pair.b, low[:, mine], low_grad[:, mine], pair.grad_b, pair.scale)
+        columns = [self._columns(number) for number, part in enumerate(self._parts) if part.pair is not None]
+        both_sides(grad, self._stacked("b"), low, low_grad, self._stacked("grad_b"), scale, columns)
         a = self._stacked("a") if self.apart else None
         low_backward(Behind(low_grad, a, self._stacked("grad_a"), self.masks(seed)), x, input_grad)
 
@@ -158,27 +160,28 @@ class Group:
         return torch.mm(x, a.t()) if masks is None else dropped_low(x, a, masks)
 
     def _stacked(self, name: Literal["a", "b", "grad_a", "grad_b"]) -> torch.Tensor:
-        """Matrices of the adapters, all of one shape, one above the other: so they lie in memory."""
-        first: torch.Tensor = getattr(self.pairs[0], name)
-        rows, columns = first.shape
-        return first.as_strided((len(self.pairs) * rows, columns), (columns, 1))
+        """Matrices of the adapters, one above the other: so they lie in memory."""
+        each: list[torch.Tensor] = [getattr(pair, name) for pair in self.pairs]
+        columns = each[0].shape[1]
+        return each[0].as_strided((sum(map(len, each)), columns), (columns, 1))
+
+    def _columns(self, number: int) -> slice:
+        """Of a part, in the outputs."""
+        return slice(number, None, 2) if self.interleaved else self._parts[number].columns
 
     def _adapted(self) -> list[tuple[Part, Pair]]:
         return [(part, part.pair) for part in self._parts if part.pair is not None]
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if self._bias is None:
-            return product(x, self.weight().t())
-        return functional.linear(x, self.weight(), self._bias)
+        return self._quack.product(x, self.weight().t(), self._bias)
 
     def _fill(self, out: torch.Tensor) -> None:
         for number, part in enumerate(self._parts):
             pair = None if self.apart else part.pair
-            rows = slice(number, None, 2) if self.interleaved else part.columns
-            part.weight.fill(out[rows], pair and pair.a, pair and pair.b)
+            part.weight.fill(out[self._columns(number)], pair and pair.a, pair and pair.b)
 
 
-def group_of(modules: Sequence[torch.nn.Module], adapter: FlatAdapter, dtype: torch.dtype) -> Group:
+def group_of(modules: Sequence[torch.nn.Module], adapter: FlatAdapter, dtype: torch.dtype, quack: Quack) -> Group:
     """A group from a model's modules, adapted by PEFT or not.
 
     Raises:
@@ -198,7 +201,7 @@ def group_of(modules: Sequence[torch.nn.Module], adapter: FlatAdapter, dtype: to
         biases.append(getattr(base, "bias", None))
         start += outputs
     device = adapter.values.device
-    return Group(parts, _joined(biases, parts, dtype, device), dtype, device)
+    return Group(parts, _joined(biases, parts, dtype, device), dtype, device, quack)
 
 
 def _joined(

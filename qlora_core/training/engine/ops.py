@@ -3,6 +3,7 @@
 All tensors are flat over tokens: `[tokens, width]`. What is replaced in place is said.
 """
 
+from collections.abc import Sequence
 from types import ModuleType
 
 import torch
@@ -249,29 +250,30 @@ def both_sides(
     low: torch.Tensor,
     grad: torch.Tensor,
     scale: float,
-    parts: int = 1,
+    parts: Sequence[slice] = (slice(None),),
 ) -> None:
     """`low = x @ m` and `grad += scale * x.T @ u`, for each part of the columns of `x`.
 
     Args:
-        x: `[tokens, width]`; the columns of two parts are interleaved.
-        m: `[width, rank]`, of one part above the other.
-        u: `[tokens, parts * rank]`, of one part beside the other.
+        x: `[tokens, width]`
+        m: `[widths, rank]`, of one part above that of the next.
+        u: `[tokens, parts * rank]`, of one part beside that of the next.
         low: like `u`; is written.
         grad: like `m`, fp32; is added to.
         scale: of what is added.
-        parts: 1 or 2.
+        parts: the columns of each; up to three, one after the other, or two that take turns.
     """
     if x.is_cuda and m.shape[1] <= LARGEST_FUSED_RANK:
         from qlora_core.training.engine.kernels.products import both_sides as kernel
 
         kernel(x, m, u, low, grad, scale, parts)
         return
-    each = (tensor.chunk(parts, dim) for tensor, dim in ((m, 0), (u, 1), (low, 1), (grad, 0)))
-    for number, (m_part, u_part, low_part, grad_part) in enumerate(zip(*each, strict=True)):
-        columns = x[:, number::parts]
-        low_part.copy_(torch.mm(columns, m_part))
-        add_product(grad_part, columns.t(), u_part, scale)
+    columns = [x[:, part] for part in parts]
+    widths = [part.shape[1] for part in columns]
+    each = m.split(widths), u.chunk(len(parts), 1), low.chunk(len(parts), 1), grad.split(widths)
+    for x_part, m_part, u_part, low_part, grad_part in zip(columns, *each, strict=True):
+        low_part.copy_(torch.mm(x_part, m_part))
+        add_product(grad_part, x_part.t(), u_part, scale)
 
 
 def add_product(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor, scale: float = 1.0) -> None:
@@ -281,7 +283,7 @@ def add_product(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sca
     elif left.dtype == grad.dtype:
         grad.addmm_(left, right, alpha=scale)
     else:
-        grad.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=scale)
+        torch.addmm(grad, left, right, out_dtype=torch.float32, alpha=scale, out=grad)
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
