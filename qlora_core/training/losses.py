@@ -95,7 +95,7 @@ def _kernels(config: PretrainedConfig, dtype: torch.dtype) -> str:
     attention, products = why_not("flash4", *_flash4_form(config, dtype)), why_not("quack", *_quack_form(config, dtype))
     return (
         f"attention by {'FlashAttention 4' if attention is None else f'cuDNN and FlashAttention 2 ({attention})'}, "
-        f"many products by {'QuACK' if products is None else f'cuBLAS ({products})'}"
+        f"wide products by {'QuACK' if products is None else f'cuBLAS ({products})'}"
     )
 
 

@@ -17,9 +17,6 @@ MASTER_BYTES = 4 + 4 + 2
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
 LOGIT_BYTES = 320 * 2**20
 """Logits that exist at a time."""
-TILE_ROWS = 256
-"""Of the largest tiles of matrix products."""
-FEWEST_LOGIT_ROWS = 64
 ON_THE_WAY = 4
 """Blocks whose kept tensors are on the device at once when the rest is in host memory."""
 MICRO_BATCH_TOKENS = 16_384
@@ -121,12 +118,6 @@ def _falling(most: int, least: int) -> Iterator[int]:
         yield most
         most = most * 3 // 4
     yield least
-
-
-def logit_rows(vocabulary: int, bytes_per_value: int) -> int:
-    """Tokens whose logits exist at a time: whole tiles, where there is room for one."""
-    rows = LOGIT_BYTES // (vocabulary * bytes_per_value)
-    return max(FEWEST_LOGIT_ROWS, rows // TILE_ROWS * TILE_ROWS)
 
 
 def adapter_parameters(facts: Architecture, rank: int) -> int:

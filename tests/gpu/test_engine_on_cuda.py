@@ -13,7 +13,7 @@ from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.graphs import Replayed
 from qlora_core.training.engine.operands import Behind
 from qlora_core.training.engine.pack import IGNORED, pack_rows
-from qlora_core.training.engine.quack import Quack, form
+from qlora_core.training.engine.quack import ENOUGH_TOKENS, Quack, form
 from tests.unit.training.engine_models import TARGETS, give_known_dropout, random_rows, randomize, relative_difference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -157,27 +157,17 @@ def plain_pass(model: PeftModel, rows) -> tuple[float, torch.Tensor]:
 
 @pytest.fixture(scope="module", params=[(512, 512), (3584, 152_064)], ids=["few inputs", "7B"])
 def kernels(request):
-    """Of a small model, and of one whose head has tiles of its own."""
+    """Of models on both sides of what is few inputs."""
     skip_without("quack", *form(torch.bfloat16, *request.param))
     return Quack(torch.bfloat16, *request.param)
 
 
-@pytest.mark.parametrize(
-    ("tokens", "inputs", "outputs"), [(1100, 256, 1000), (1100, 4096, 512), (1100, 2304, 2304), (1024, 8192, 3584)]
-)
-@pytest.mark.parametrize("inputs_adjacent", [True, False])
-@pytest.mark.parametrize("biased", [True, False])
-def test_products_are_those_of_torch(kernels, tokens, inputs, outputs, inputs_adjacent, biased):
+@pytest.mark.parametrize("row_major", [True, False])
+def test_wide_products_are_those_of_torch(kernels, row_major):
     torch.manual_seed(0)
-    x, bias = torch.randn(tokens, inputs).bfloat16(), torch.randn(outputs).bfloat16() if biased else None
-    shape = (outputs, inputs) if inputs_adjacent else (inputs, outputs)
-    weight = torch.randn(shape).bfloat16() / inputs**0.5
-    weight = weight.t() if inputs_adjacent else weight
-    expected = x.cuda().float() @ weight.cuda().float() + (0 if bias is None else bias.cuda().float())
-    out, there = x.new_empty(tokens, outputs).cuda(), bias if bias is None else bias.cuda()
-    for made in (kernels.product(x.cuda(), weight.cuda(), there), kernels.product(x.cuda(), weight.cuda(), there, out)):
-        assert relative_difference(made, expected) < 3e-3
-    assert made is out or made.data_ptr() == out.data_ptr()
+    x = torch.randn(ENOUGH_TOKENS + 76, 256).bfloat16()
+    weight = torch.randn(256, 1000).bfloat16() if row_major else torch.randn(1000, 256).bfloat16().t()
+    assert relative_difference(kernels.product(x.cuda(), weight.cuda()).cpu(), x.float() @ weight.float()) < 3e-3
 
 
 def test_losses_and_their_gradients_are_those_of_torch(kernels):

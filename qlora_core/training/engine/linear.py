@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
+from torch.nn import functional
 
 from qlora_core.errors import TrainingError
 from qlora_core.training.engine.adapter import FlatAdapter, Pair
@@ -173,7 +174,9 @@ class Group:
         return [(part, part.pair) for part in self._parts if part.pair is not None]
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        return self._quack.product(x, self.weight().t(), self._bias)
+        if self._bias is None:
+            return self._quack.product(x, self.weight().t())
+        return functional.linear(x, self.weight(), self._bias)
 
     def _fill(self, out: torch.Tensor) -> None:
         for number, part in enumerate(self._parts):

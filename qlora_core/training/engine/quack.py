@@ -1,83 +1,34 @@
-"""Products, the gated activation and the loss, on Hopper by QuACK (package `quack-kernels`) where it is faster.
+"""Wide products, the gated activation and the loss by QuACK (package `quack-kernels`) on Hopper, by others elsewhere.
 
-A GPU that trains runs at its power limit, where a kernel is as fast as it is frugal. For some shapes of products
-QuACK's kernels take 0.83 to 0.97 of the time of cuBLAS's; which, and cut into which tiles, was measured on an H100 with
-the shapes of 1.5B and 7B models.
+A GPU that trains runs at its power limit, where a kernel is as fast as it is frugal: for wide outputs QuACK's takes
+0.93 to 0.97 of the time of cuBLAS's, with the same bits. For other shapes some of its tilings are faster alone, by up
+to a sixth for the gradient that the head sends back, but not in a training step, where 0.5 % would show; and every form
+of a kernel takes a second or two to load.
 
 The gated activation needs no pass over memory of its own when it is computed where a product's tiles are written,
-forward and backward. The columns of gate and up are interleaved then, so that both are in one tile.
+forward and backward. The columns of gate and up are interleaved then, so that both are in one tile. The loss reads
+logits once and not twice, as a row is spread over several multiprocessors.
 """
 
 from functools import cache
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from qlora_core.training.engine import ops
 from qlora_core.training.engine.compiled import keep_what_is_compiled, why_not
 from qlora_core.training.engine.pack import IGNORED
-from qlora_core.training.memory import logit_rows
 
-ENOUGH_TOKENS = 960
-RATIO = 2
-"""Of outputs to inputs, or the other way round, from which a product is wide or deep."""
+WIDE = 2
+"""Outputs an input, from which a product is wide."""
+ENOUGH_TOKENS = 1024
 FEW_INPUTS = 2048
-"""Up to here, writing a tile takes longer than computing it."""
+"""Up to here, the backward of the activation takes longer to write a tile than to multiply it, and is faster with
+smaller ones: 0.45 for 0.51 ms with the 1,536 inputs of a 1.5B model, 1.94 for 1.87 with the 3,584 of a 7B one."""
 ALIGNED = 8
 """16-bit values, 16 bytes: the tensor memory accelerator copies rows that are whole multiples of them."""
 PROBED = 512
-
-
-class Tiles(NamedTuple):
-    """How outputs are cut into what a multiprocessor computes at a time."""
-
-    rows: int
-    columns: int
-    pingpong: bool = False
-    """Two groups of warps take turns, and one computes a tile while the other writes; else both share each tile."""
-    cluster: tuple[int, int] = (2, 1)
-    """Rows and columns of neighbouring tiles that fetch together what they share."""
-
-
-USUAL = Tiles(128, 192, pingpong=True)
-DEEP = Tiles(256, 128, cluster=(1, 2))
-SMALL = Tiles(128, 128, pingpong=True)
-WHOLE_WAVE = 0.9
-"""Share of the multiprocessors, from which so many tiles that none is left for a second round are a good fit."""
-
-
-def one_wave(tokens: int, outputs: int, multiprocessors: int) -> Tiles | None:
-    """The largest tiles of which almost every multiprocessor computes just one; None when none are like that."""
-    for columns in range(256, 127, -32):
-        count = -(-tokens // 128) * -(-outputs // columns)
-        if WHOLE_WAVE * multiprocessors <= count <= multiprocessors:
-            return Tiles(128, columns)
-    return None
-
-
-def choose(
-    tokens: int, inputs: int, outputs: int, inputs_adjacent: bool, biased: bool, multiprocessors: int
-) -> Tiles | None:
-    """How QuACK computes a product, or None where cuBLAS is at least as fast.
-
-    Args:
-        tokens: rows of the first matrix.
-        inputs: its columns.
-        outputs: columns of the second matrix.
-        inputs_adjacent: whether the second matrix lies in memory column by column, as a weight does in a forward.
-        biased: whether a bias is added.
-        multiprocessors: of the GPU.
-    """
-    if tokens < ENOUGH_TOKENS or inputs % ALIGNED or outputs % ALIGNED:
-        return None
-    if biased:
-        return USUAL if inputs_adjacent else None
-    if outputs >= RATIO * inputs or inputs <= FEW_INPUTS:
-        return USUAL
-    if inputs < RATIO * outputs:
-        return None
-    return DEEP if inputs_adjacent else one_wave(tokens, outputs, multiprocessors)
 
 
 def form(dtype: torch.dtype, hidden: int, vocabulary: int) -> tuple[str, ...]:
@@ -90,27 +41,17 @@ class Quack:
 
     def __init__(self, dtype: torch.dtype, hidden: int, vocabulary: int) -> None:
         self._form = form(dtype, hidden, vocabulary)
-        self._tiles = (USUAL, DEEP, *_head_tiles(hidden, vocabulary, dtype))
-        self._gated_backward_tiles = SMALL if hidden <= FEW_INPUTS else USUAL
+        self._gated_backward_columns = 128 if hidden <= FEW_INPUTS else 192
 
-    def product(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """`x @ weight + bias`, of `[tokens, inputs]`, `[inputs, outputs]` and `[outputs]`; into `out`, if given."""
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """`x @ weight`, of `[tokens, inputs]` and `[inputs, outputs]`."""
         (tokens, inputs), outputs = x.shape, weight.shape[1]
-        if self._works_on(x):
-            tiles = choose(tokens, inputs, outputs, weight.stride(0) == 1, bias is not None, _multiprocessors())
-            if tiles in self._tiles:
-                return _product(x, weight, bias, tiles, out)
-        return torch.mm(x, weight, out=out) if bias is None else torch.addmm(bias, x, weight, out=out)
+        wide = tokens >= ENOUGH_TOKENS and outputs >= WIDE * inputs and not inputs % ALIGNED and not outputs % ALIGNED
+        return _product(x, weight) if wide and self._works_on(x) else torch.mm(x, weight)
 
     def cross_entropy(self, logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
         """As `ops.cross_entropy`; targets that carry no loss are `pack.IGNORED`."""
-        if self._works_on(logits) and not logits.shape[1] % ALIGNED:
+        if not logits.shape[1] % ALIGNED and self._works_on(logits):
             return _cross_entropy(logits, targets)
         return ops.cross_entropy(logits, targets)
 
@@ -128,9 +69,7 @@ class Quack:
         Returns:
             `[tokens, 2 * width]`, interleaved, and `[tokens, width]`.
         """
-        made: tuple[torch.Tensor, torch.Tensor] = _quack().gemm_gated(
-            x, weight, activation="swiglu", config=_config(USUAL)
-        )
+        made: tuple[torch.Tensor, torch.Tensor] = _quack().gemm_gated(x, weight, activation="swiglu", tuned=False)
         return made
 
     def gated_backward(self, grad: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor) -> torch.Tensor:
@@ -144,27 +83,26 @@ class Quack:
         Returns:
             The activation, `[tokens, width]`.
         """
-        tiles = _config(self._gated_backward_tiles)
+        config = _tiles(128, self._gated_backward_columns)
         _, inner = _quack().gemm_dgated(
-            grad, weight, gate_up, activation="swiglu", dx_out=gate_up, config=tiles, dynamic_scheduler=False
+            grad, weight, gate_up, activation="swiglu", dx_out=gate_up, config=config, dynamic_scheduler=False
         )
         made: torch.Tensor = inner
         return made
 
     def compile(self) -> None:
         """All forms of all kernels, on the current device."""
-        x, weight, gate_up = (_zeros(PROBED, columns, self._form[0]) for columns in (PROBED, PROBED, 2 * PROBED))
-        usual, deep, *head = self._tiles
-        for tiles in (usual, *head):
-            _product(x, weight, None, tiles)
-        for tiles in (usual, deep):
-            _product(x, weight.t(), None, tiles)
-        _product(x, weight.t(), weight[0], usual)
+        dtype, vocabulary = getattr(torch, self._form[0]), int(self._form[2])
+        x, weight, gate_up, logits = (
+            torch.zeros(PROBED, columns, dtype=dtype, device="cuda")
+            for columns in (PROBED, PROBED, 2 * PROBED, vocabulary)
+        )
+        _product(x, weight)  # the second matrix row by row, and column by column
+        _product(x, weight.t())
         self.gated(x, gate_up.view(2 * PROBED, PROBED).t())
         self.gated_backward(x, weight, gate_up)
-        vocabulary = int(self._form[2])
         if not vocabulary % ALIGNED:
-            _cross_entropy(_zeros(1, vocabulary, self._form[0]), torch.zeros(1, dtype=torch.int64, device="cuda"))
+            _cross_entropy(logits, torch.zeros(PROBED, dtype=torch.int64, device="cuda"))
 
     def _works_on(self, x: torch.Tensor) -> bool:
         return x.is_cuda and why_not("quack", *self._form) is None
@@ -175,24 +113,8 @@ def probe(dtype: str, hidden: str, vocabulary: str) -> None:
     Quack(getattr(torch, dtype), int(hidden), int(vocabulary)).compile()
 
 
-def _head_tiles(hidden: int, vocabulary: int, dtype: torch.dtype) -> list[Tiles]:
-    """Of the gradient that the head's logits send back; empty where cuBLAS makes it."""
-    if not torch.cuda.is_available():
-        return []
-    tiles = one_wave(logit_rows(vocabulary, dtype.itemsize), hidden, _multiprocessors())
-    return [] if tiles is None else [tiles]
-
-
-def _product(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    tiles: Tiles,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    config = _config(tiles)
-    _, made = _quack().gemm_act(x, weight, bias=bias, postact_out=out, store_preact=False, config=config)
-    product: torch.Tensor = made
+def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    product: torch.Tensor = _quack().gemm(x, weight, tuned=False)
     return product
 
 
@@ -204,28 +126,12 @@ def _cross_entropy(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     return made
 
 
-def _zeros(rows: int, columns: int, dtype: str) -> torch.Tensor:
-    return torch.zeros(rows, columns, dtype=getattr(torch, dtype), device="cuda")
-
-
 @cache
-def _config(tiles: Tiles) -> Any:
+def _tiles(rows: int, columns: int) -> Any:
+    """Two groups of warps take turns: one multiplies a tile while the other writes one."""
     from quack.gemm_config import GemmConfig
 
-    return GemmConfig(
-        tile_m=tiles.rows,
-        tile_n=tiles.columns,
-        pingpong=tiles.pingpong,
-        cluster_m=tiles.cluster[0],
-        cluster_n=tiles.cluster[1],
-        is_dynamic_persistent=False,
-    )
-
-
-@cache
-def _multiprocessors() -> int:
-    count: int = torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
-    return count
+    return GemmConfig(tile_m=rows, tile_n=columns, pingpong=True, is_dynamic_persistent=False)
 
 
 @cache

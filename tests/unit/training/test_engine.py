@@ -23,7 +23,7 @@ from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.families import why_not
 from qlora_core.training.engine.module import FusedLoss
 from qlora_core.training.engine.pack import bucket, pack_rows
-from qlora_core.training.engine.quack import DEEP, USUAL, Quack, Tiles, choose
+from qlora_core.training.engine.quack import Quack
 from tests.unit.training.engine_models import TARGETS, give_known_dropout, random_rows, randomize, relative_difference
 
 VOCABULARY, ROWS = 200, (10, 33, 7, 50)
@@ -139,28 +139,6 @@ def test_interleaved_gate_and_up_give_the_same(memory, targets, tmp_path, monkey
     assert engine.loss(pack).item() == pytest.approx(before, rel=TOLERANCE)
     possible = targets != ["gate_proj"]
     assert [group.interleaved for group in engine.groups()] == 3 * [False, False, possible, False]
-
-
-@pytest.mark.parametrize(
-    ("shape", "tiles"),
-    [
-        ((8192, 1536, 17_920, True, False), USUAL),  # 1.5B: gate and up
-        ((8192, 1536, 1536, True, False), USUAL),  # what attention made
-        ((8192, 8960, 1536, True, False), DEEP),  # down
-        ((8192, 17_920, 1536, False, False), None),  # back through gate and up
-        ((8192, 3584, 4608, True, True), USUAL),  # 7B: queries, keys and values
-        ((8192, 3584, 3584, True, False), None),
-        ((8192, 18_944, 3584, True, False), DEEP),
-        ((1024, 3584, 152_064, True, False), USUAL),  # the head
-        ((1024, 152_064, 3584, False, False), Tiles(128, 224)),
-        ((1020, 152_064, 4096, False, False), Tiles(128, 256)),
-        ((1024, 152_064, 5120, False, False), None),  # no tiles of which each multiprocessor gets one
-        ((512, 1536, 17_920, True, False), None),
-        ((8192, 1536, 17_924, True, False), None),
-    ],
-)
-def test_products_go_where_they_are_fastest_on_an_h100(shape, tiles):
-    assert choose(*shape, multiprocessors=132) == tiles
 
 
 def test_modules_in_another_order_give_the_same(tmp_path):
