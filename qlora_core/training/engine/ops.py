@@ -282,8 +282,10 @@ def add_product(grad: torch.Tensor, left: torch.Tensor, right: torch.Tensor, sca
         grad.add_(torch.mm(right.t(), left.t()).t(), alpha=scale)  # a CPU is slower at tall products than at wide ones
     elif left.dtype == grad.dtype:
         grad.addmm_(left, right, alpha=scale)
-    else:
+    elif grad.is_contiguous():
         torch.addmm(grad, left, right, out_dtype=torch.float32, alpha=scale, out=grad)
+    else:
+        grad.add_(torch.mm(left, right, out_dtype=torch.float32), alpha=scale)
 
 
 def _turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
