@@ -45,7 +45,7 @@ class Group:
         """Whether the adapter is computed beside the weight and not as part of it."""
         self._kept: torch.Tensor | None = None
         self.interleaved = False
-        """Whether the outputs of two parts take turns in the columns, as `quack.gated` reads them."""
+        """Whether the outputs of two parts take turns in the columns, as `Quack.gated` reads them."""
 
     @property
     def bytes(self) -> int:

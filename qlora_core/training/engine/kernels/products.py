@@ -32,6 +32,7 @@ class Tiling(NamedTuple):
 
 BOTH_SIDES = Tiling(tokens=32, columns=512, programs=264, warps=8, stages=3)
 BOTH_SIDES_OF_MANY_RANKS = Tiling(tokens=32, columns=256, programs=264, warps=8, stages=3)
+MOST_PARTS = 3
 MANY_RANKS = 32
 """Ranks of a tile, beyond which a wide one's sums would not fit into registers."""
 
@@ -185,7 +186,8 @@ def both_sides(
     chunk, chunks = split(tokens, tiling.tokens, wanted)
     lows = torch.empty(ends[-1], tokens, together, device=x.device, dtype=torch.float32)
     outers = torch.empty(chunks, len(m), rank, device=x.device, dtype=torch.float32)
-    starts, widths = ([*of, 0, 0][:3] for of in ([s.start for s in spans], [len(s) for s in spans]))
+    absent = [0] * (MOST_PARTS - len(parts))
+    starts, widths = [s.start for s in spans] + absent, [len(s) for s in spans] + absent
     _both_sides[(ends[-1], chunks)](
         x, m, u, lows, outers, tokens, rank, x.stride(0), m.stride(0), m.stride(1), u.stride(0), chunk, width,
         *starts, *widths, *ends[:2], interleaved, padded(rank), tiling.columns, tiling.tokens,
