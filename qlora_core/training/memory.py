@@ -15,8 +15,8 @@ GPTQ_BYTES = {"gptq-int4": 0.5 + (2 + 1 / 2) / 128, "gptq-int8": 1 + (2 + 1) / 1
 MASTER_BYTES = 4 + 4 + 2
 """An adapter parameter: fp32 value and gradient, and a 16-bit copy to compute with."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
-LOGIT_BYTES = 320 * 2**20
-"""Logits that exist at a time."""
+LOGIT_BYTES = 640 * 2**20
+"""Logits that exist at a time: half as many make a 1.5B model's step 0.7 % slower, more do not make it faster."""
 ON_THE_WAY = 4
 """Blocks whose kept tensors are on the device at once when the rest is in host memory."""
 MICRO_BATCH_TOKENS = 16_384

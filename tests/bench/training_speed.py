@@ -197,7 +197,8 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
     begin_compiling(snapshot, torch.bfloat16)
     model = add_lora(load_base(snapshot, device, Quantization()), Lora(rank=args.rank, dropout=args.dropout))
     engine = Engine(model, torch.bfloat16, args.activation_memory)
-    engine.keep_weights(int(args.keep_gib * GIB))
+    kept = engine.groups()[: engine.keep_weights(int(args.keep_gib * GIB))]
+    predicted = _predicted_gib(snapshot, args) + sum(group.bytes for group in kept) / GIB
     run = engine if args.no_graphs else Replayed(engine, ignore)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -220,11 +221,11 @@ def _ours(args: argparse.Namespace):  # type: ignore[no-untyped-def]
         engine.refresh()
         return total / tokens
 
-    return collate, step, {"linears": kernel_of(model), "predicted_gib": round(_predicted_gib(snapshot, args), 2)}
+    return collate, step, {"linears": kernel_of(model), "predicted_gib": round(predicted, 2)}
 
 
 def _predicted_gib(snapshot, args: argparse.Namespace) -> float:  # type: ignore[no-untyped-def]
-    """What `qlora check` would say, and the weights that stay dequantized."""
+    """What `qlora check` would say, without weights that stay dequantized."""
     from qlora_core.recipe import Lora, TrainRecipe
     from qlora_core.training.memory import estimate
 
@@ -232,7 +233,7 @@ def _predicted_gib(snapshot, args: argparse.Namespace) -> float:  # type: ignore
     planned = estimate(
         snapshot.architecture, recipe, tokens, args.activation_memory, quantization=snapshot.quantization
     )
-    return planned.total_gib + args.keep_gib
+    return planned.total_gib
 
 
 def _snapshot(checkpoint: Path):  # type: ignore[no-untyped-def]

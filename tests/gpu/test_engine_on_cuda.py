@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from qlora_core.events import Note
 from qlora_core.modeling.loss import collate, token_loss
 from qlora_core.training.engine import attention, flash4, ops
+from qlora_core.training.engine.beside import Beside
 from qlora_core.training.engine.compiled import settle, start, wait, why_not
 from qlora_core.training.engine.engine import Engine
 from qlora_core.training.engine.graphs import Replayed
@@ -249,6 +250,30 @@ def test_loss_and_gradients_are_those_of_peft(folder, memory, lengths):
         assert relative_difference(ours, plain) < 2e-2
         assert relative_difference(ours, exact) < 1.1 * relative_difference(plain, exact)
     assert not notes
+
+
+def test_gradients_made_beside_a_pass_are_those_made_in_it(tmp_path, monkeypatch):
+    wide = SHAPE | {"hidden_size": 1024, "intermediate_size": 4096, "head_dim": 64, "max_position_embeddings": 2048}
+    compiled_now("quack", *form(torch.bfloat16, wide["hidden_size"], wide["vocab_size"]))
+    torch.manual_seed(1)
+    randomize(AutoModelForCausalLM.from_config(LlamaConfig(**wide))).save_pretrained(tmp_path)
+    model = adapted(tmp_path, torch.bfloat16)
+    pack = pack_rows(random_rows(SHAPE["vocab_size"], [2048] * 4), fill_up=False).to(torch.device("cuda"))
+    seed = torch.zeros(1, dtype=torch.int64).cuda()
+    engine = Engine(model, torch.bfloat16)
+
+    def passes() -> list[torch.Tensor]:
+        run, made = Replayed(engine, lambda event: None), []
+        for _ in range(6):
+            engine.adapter.grads.zero_()
+            run.loss_and_grads(pack, seed)
+            made.append(gradients(model).clone())
+        return made
+
+    beside = passes()
+    monkeypatch.setattr(Beside, "run", lambda self, work: work())
+    within = passes()[-1]
+    assert max(relative_difference(each, within) for each in beside) < 2e-2
 
 
 @pytest.mark.parametrize("rank", [8, 64])

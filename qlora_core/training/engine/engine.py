@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from qlora_core.training.engine import ops
 from qlora_core.training.engine.adapter import FlatAdapter, Pair
 from qlora_core.training.engine.attention import Attended, attend, attend_backward
+from qlora_core.training.engine.beside import Beside
 from qlora_core.training.engine.blocks import Block, Context, Kept, read_blocks
 from qlora_core.training.engine.families import adapted_linears, shape_of
 from qlora_core.training.engine.linear import Group
@@ -49,6 +50,7 @@ class Engine:
         self._rotary = decoder.rotary_emb
         self._quack = Quack(dtype, self.shape.hidden, len(self._head))
         self._blocks = read_blocks(base, self.adapter, dtype, self._quack)
+        self._beside = Beside(self._head.device)
         self._host = HostMemory() if activation_memory == "small" and self._head.is_cuda else None
 
     def groups(self) -> list[Group]:
@@ -103,6 +105,7 @@ class Engine:
         del stream, normed_grad
         for number in range(last, -1, -1):
             self._backward(self._blocks[number], self._fetch(kept, number), grad, context, need_input=number > 0)
+        self._beside.join()
         return loss
 
     @torch.no_grad()
@@ -195,7 +198,8 @@ class Engine:
         if need_input:
             self._normed_backward(block.qkv, qkv_grad, kept.entry, block.input_norm, grad, context.seed)
         else:
-            block.qkv.adapter_grads(qkv_grad, ops.rms_norm(kept.entry, block.input_norm, eps), context.seed, None)
+            normed = ops.rms_norm(kept.entry, block.input_norm, eps)
+            self._adapter_grads(block.qkv, qkv_grad, normed, context.seed, None)
 
     def _down_backward(self, block: Block, kept: Kept, grad: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
         """The gradient of gate and up, in their place."""
@@ -203,7 +207,7 @@ class Engine:
         group = block.down
         if block.gate_up.interleaved:
             inner = self._quack.gated_backward(grad, group.weight(), kept.gate_up)
-            group.adapter_grads_of_wide_input(grad, inner)
+            self._beside.run(lambda: group.adapter_grads_of_wide_input(grad, inner))
             return kept.gate_up
         inner_grad, pair, behind = group.input_grad(grad), _only(group.pairs), None
         if pair is not None and kept.low is not None:
@@ -226,14 +230,29 @@ class Engine:
         inner = group.input_grad(out_grad)
         if group.apart:
             group.adapter_grads(out_grad, ops.rms_norm(entry, norm, self.shape.eps), seed, inner)
+        self._beside.join()  # it reads `grad`
         ops.rms_norm_backward(entry, norm, self.shape.eps, inner, grad)
         if not group.apart:
-            group.adapter_grads(out_grad, inner, seed, None)
+            self._adapter_grads(group, out_grad, inner, seed, None)
+
+    def _adapter_grads(
+        self,
+        group: Group,
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        seed: torch.Tensor | None,
+        input_grad: torch.Tensor | None,
+    ) -> None:
+        """As the group's method, and beside the pass unless that adds to the gradient of the input."""
+        if group.apart and input_grad is not None:
+            group.adapter_grads(grad, x, seed, input_grad)
+        else:
+            self._beside.run(lambda: group.adapter_grads(grad, x, seed, None))
 
     def _attention_backward(self, block: Block, kept: Kept, grad: torch.Tensor, context: Context) -> torch.Tensor:
         assert kept.qkv is not None and kept.out is not None and kept.log_sum is not None
         out_grad = block.o.input_grad(grad)
-        block.o.adapter_grads(grad, kept.out, context.seed, out_grad)
+        self._adapter_grads(block.o, grad, kept.out, context.seed, out_grad)
         raw = None if block.head_norms is None else kept.qkv
         q, k, v = self._split(kept.qkv) if raw is None else self._rotated(block, kept.qkv, context)
         attended = Attended(self._heads(kept.out), kept.log_sum)
@@ -251,6 +270,7 @@ class Engine:
             logits = self._quack.product(part, self._head.t())
             loss += self._quack.cross_entropy(logits, pack.targets[start : start + chunk]).sum()
             torch.mm(logits, self._head, out=part)
+            del logits  # else those of the next chunk would have to find room beside them
         return loss, torch.zeros_like(states).index_copy_(0, pack.predicts, picked)
 
     def _rotated(self, block: Block, qkv: torch.Tensor, context: Context) -> tuple[torch.Tensor, ...]:
