@@ -276,6 +276,33 @@ def test_gradients_made_beside_a_pass_are_those_made_in_it(tmp_path, monkeypatch
     assert max(relative_difference(each, within) for each in beside) < 2e-2
 
 
+@pytest.mark.parametrize("memory", ["fast", "small"])
+@pytest.mark.parametrize("passes_before", [0, 1], ids=["as it is", "recorded"])
+def test_a_pass_that_ran_out_of_memory_leaves_nothing_behind(folder, memory, passes_before, monkeypatch):
+    rows, seed = random_rows(SHAPE["vocab_size"], (64, 64)), torch.zeros(1, dtype=torch.int64).cuda()
+    model = adapted(folder, torch.bfloat16)
+    pack = pack_rows(rows, fill_up=True).to(torch.device("cuda"))
+    engine = Engine(model, torch.bfloat16, memory)
+    engine.loss_and_grads(pack, seed)
+    expected = gradients(model).clone()
+    calls, rotate_backward = [], ops.rotate_backward
+
+    def sometimes(*args):
+        calls.append(args)
+        if len(calls) == SHAPE["num_hidden_layers"] * passes_before + 2:
+            raise torch.OutOfMemoryError
+        return rotate_backward(*args)
+
+    monkeypatch.setattr(ops, "rotate_backward", sometimes)
+    run = Replayed(engine, lambda event: None)
+    with pytest.raises(torch.OutOfMemoryError):
+        run.loss_and_grads(pack, seed)
+    for _ in range(3):
+        engine.adapter.grads.zero_()
+        run.loss_and_grads(pack, seed)
+        assert relative_difference(gradients(model), expected) < 1e-2
+
+
 @pytest.mark.parametrize("rank", [8, 64])
 def test_dropout_is_that_of_peft_with_the_same_masks(folder, rank):
     rows, seed = random_rows(SHAPE["vocab_size"], (130,)), torch.tensor([5]).cuda()

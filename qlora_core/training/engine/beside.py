@@ -21,13 +21,13 @@ class Beside:
         if self._stream is None:
             work()
             return
+        self._begun.append(work)  # with the tensors that it reads, whose memory would else be given to others
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             work()
-        self._begun.append(work)  # with the tensors that it reads, whose memory would else be given to others
 
     def join(self) -> None:
         """Let the current stream wait, on the device, for all that was begun."""
-        if self._stream is not None and self._begun:
+        begun, self._begun = self._begun, []
+        if self._stream is not None and begun:
             torch.cuda.current_stream().wait_stream(self._stream)
-            self._begun.clear()

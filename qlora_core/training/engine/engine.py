@@ -87,6 +87,14 @@ class Engine:
         Returns:
             The sum of the losses of all targets, 0-d, fp32.
         """
+        try:
+            return self._pass(pack, seed, noise)
+        finally:  # also where memory has run out, so that a graph's recording can end and a smaller pass can follow
+            self._beside.join()
+            if self._host is not None:
+                self._host.join()
+
+    def _pass(self, pack: Pack, seed: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
         self._interleave()
         context, last = self._context(pack, seed), len(self._blocks) - 1
         kept: dict[int, Kept] = {}
@@ -105,7 +113,6 @@ class Engine:
         del stream, normed_grad
         for number in range(last, -1, -1):
             self._backward(self._blocks[number], self._fetch(kept, number), grad, context, need_input=number > 0)
-        self._beside.join()
         return loss
 
     @torch.no_grad()

@@ -48,6 +48,13 @@ class HostMemory:
         torch.cuda.current_stream().wait_event(arrived)
         return kept
 
+    def join(self) -> None:
+        """Let the current stream wait for all copies, and forget them; there are none after a whole pass."""
+        if self._leaving or self._arriving:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        for held in (self._leaving, self._arriving, self._away):
+            held.clear()
+
     def _let_go(self, remaining: int) -> None:
         """Wait, on the device, until all but so many blocks have left, and release their memory."""
         while len(self._leaving) > remaining:
