@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -15,6 +16,8 @@ from qlora_core.training.engine.graphs import Replayed
 from qlora_core.training.engine.operands import Behind
 from qlora_core.training.engine.pack import IGNORED, pack_rows
 from qlora_core.training.engine.quack import ENOUGH_TOKENS, Quack, form
+from qlora_core.training.engine.weights import FourBit, Gptq
+from tests.quantized import pack_gptq
 from tests.unit.training.engine_models import TARGETS, give_known_dropout, random_rows, randomize, relative_difference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -113,6 +116,31 @@ def test_kernels_agree_with_torch():
     }  # fmt: skip
     found = {name: on_both(*case) for name, case in cases.items()}
     assert max(found.values()) < 1e-2, found
+
+
+@pytest.mark.parametrize("rank", [16, 256])
+@pytest.mark.parametrize("nested", [True, False])
+def test_4bit_weights_are_those_of_bitsandbytes(nested, rank):
+    torch.manual_seed(0)
+    weight, a, b = torch.randn(300, 704), torch.randn(rank, 704).bfloat16(), torch.randn(300, rank).bfloat16()
+    packed, state = quantize_4bit(weight.cuda(), quant_type="nf4", compress_statistics=nested)
+    out = torch.full((600, 704), torch.nan, device="cuda", dtype=torch.bfloat16)[::2]
+    FourBit(packed, state).fill(out, a.cuda(), b.cuda())
+    assert relative_difference(out.cpu(), dequantize_4bit(packed, state).cpu() + b.float() @ a.float()) < 3e-3
+
+
+@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_gptq_weights_are_those_of_torch(bits, group):
+    torch.manual_seed(0)
+    parts = pack_gptq(torch.randn(288, 768), bits, group)
+    a, b = torch.randn(16, 768).bfloat16(), torch.randn(288, 16).bfloat16()
+    stored = Gptq(parts["qweight"], parts["scales"], parts["qzeros"], parts["g_idx"], group, bits, zero_offset=1)
+    expected, out = torch.empty(288, 768), torch.empty(288, 768, device="cuda", dtype=torch.bfloat16)
+    stored.fill(expected, a.float(), b.float())
+    there = [part.cuda() if isinstance(part, torch.Tensor) else part for part in stored]
+    Gptq(*there).fill(out, a.cuda(), b.cuda())
+    assert relative_difference(out.cpu(), expected) < 3e-3
 
 
 @pytest.fixture(params=CONFIGS)

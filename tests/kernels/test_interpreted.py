@@ -26,6 +26,12 @@ def close(got, expected) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+def same_but_for_rounding(got: torch.Tensor, exact: torch.Tensor) -> None:
+    """The 16-bit form of a value is the nearest or the one beside it."""
+    tolerance = 1e-4 if got.dtype == torch.float32 else 1e-3
+    torch.testing.assert_close(got.float(), exact, rtol=tolerance, atol=1e-4)
+
+
 def both(kernel, reference, *tensors: torch.Tensor) -> None:
     """What the two return, and what they leave in their arguments, is the same."""
     mine, theirs = ([t.clone() for t in tensors] for _ in range(2))
@@ -173,30 +179,40 @@ def test_products_of_adapters_with_what_dropout_leaves(count, rank):
     close(alone, expected_a)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("nested", [False, True])
 @pytest.mark.parametrize("kind", ["nf4", "fp4"])
-def test_4bit_weights_with_the_adapter_added(kind, nested):
-    weight, a, b = torch.randn(130, 192), torch.randn(RANK, 192), torch.randn(130, RANK)
+def test_4bit_weights_with_the_adapter_added(kind, nested, dtype):
+    weight, a, b = torch.randn(130, 192), torch.randn(RANK, 192).to(dtype), torch.randn(130, RANK).to(dtype)
     packed, state = quantize_4bit(weight, quant_type=kind, compress_statistics=nested)
     inner = state.state2
     scales = (inner.code, inner.absmax, state.offset, inner.blocksize) if nested else None
     expected = dequantize_4bit(packed, state)
-    for pair, added in (((None, None), 0), ((a, b), b @ a)):
-        every_other = torch.full((260, 192), torch.nan)
+    for pair, added in (((None, None), 0), ((a, b), b.float() @ a.float())):
+        every_other = torch.full((260, 192), torch.nan, dtype=dtype)
         out = every_other[::2]
         dequantize.dequantize_4bit(packed, state.absmax, scales, state.code, *pair, out)
-        close(out, expected + added)
+        same_but_for_rounding(out, expected + added)
         assert every_other[1::2].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("group", [32, 128, "shuffled"])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_gptq_weights_with_the_adapter_added(bits):
-    a, b = torch.randn(RANK, 128), torch.randn(96, RANK)
-    parts = pack_gptq(torch.randn(96, 128), bits, group=32)
-    stored = Gptq(parts["qweight"], parts["scales"], parts["qzeros"], parts["g_idx"], bits, zero_offset=1)
-    out, expected = torch.full((192, 128), torch.nan)[1::2], torch.empty(96, 128)
-    stored.fill(expected, a, b)
+def test_gptq_weights_with_the_adapter_added(bits, group, dtype):
+    a, b = torch.randn(RANK, 256), torch.randn(96, RANK)
+    parts = pack_gptq(torch.randn(96, 256), bits, group=32 if group == "shuffled" else group)
+    if group == "shuffled":
+        parts["g_idx"] = parts["g_idx"][torch.randperm(256)]
+    stored = Gptq(
+        parts["qweight"], parts["scales"], parts["qzeros"], parts["g_idx"], 0 if group == "shuffled" else group, bits,
+        zero_offset=1,
+    )  # fmt: skip
+    expected = torch.empty(96, 256)
+    stored.fill(expected, a.to(dtype).float(), b.to(dtype).float())
+    out = torch.full((192, 256), torch.nan, dtype=dtype)[1::2]
     dequantize.dequantize_gptq(
-        stored.packed, stored.scales, stored.zeros, stored.groups, bits, stored.zero_offset, a, b, out
-    )
-    close(out, expected)
+        stored.packed, stored.scales, stored.zeros, stored.groups, stored.group_size, bits, stored.zero_offset,
+        a.to(dtype), b.to(dtype), out,
+    )  # fmt: skip
+    same_but_for_rounding(out, expected)

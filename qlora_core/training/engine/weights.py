@@ -78,6 +78,8 @@ class Gptq(NamedTuple):
     """`[groups, outputs * bits / 32]`, int32."""
     groups: torch.Tensor
     """`[inputs]`, int32: the group of every input."""
+    group_size: int
+    """Inputs of a group, where they are neighbours; 0 where they were grouped by something else."""
     bits: int
     zero_offset: int
     """1 for checkpoint format v1, which stores zeros less one."""
@@ -92,7 +94,10 @@ class Gptq(NamedTuple):
         if out.is_cuda:
             from qlora_core.training.engine.kernels.dequantize import dequantize_gptq
 
-            dequantize_gptq(self.packed, self.scales, self.zeros, self.groups, self.bits, self.zero_offset, a, b, out)
+            dequantize_gptq(
+                self.packed, self.scales, self.zeros, self.groups, self.group_size, self.bits, self.zero_offset, a, b,
+                out,
+            )  # fmt: skip
             return
         groups = self.groups.long()
         zeros = _unpack(self.zeros, self.bits, 1) + self.zero_offset
@@ -123,7 +128,14 @@ def _gptq(linear: Any) -> Gptq | None:
         return None  # another kernel has repacked it for itself
     version = linear.qzero_format() if hasattr(linear, "qzero_format") else 1
     groups = linear.g_idx.to(torch.int32)
-    return Gptq(linear.qweight, linear.scales, linear.qzeros, groups, bits, 1 if version == 1 else 0)
+    offset = 1 if version == 1 else 0
+    return Gptq(linear.qweight, linear.scales, linear.qzeros, groups, _group_size(groups), bits, offset)
+
+
+def _group_size(groups: torch.Tensor) -> int:
+    size = max(1, len(groups) // (int(groups.max()) + 1))
+    neighbours = torch.arange(len(groups), device=groups.device, dtype=groups.dtype) // size
+    return size if torch.equal(groups, neighbours) else 0
 
 
 def _unpack(words: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
