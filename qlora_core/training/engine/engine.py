@@ -206,7 +206,7 @@ class Engine:
             self._normed_backward(block.qkv, qkv_grad, kept.entry, block.input_norm, grad, context.seed)
         else:
             normed = ops.rms_norm(kept.entry, block.input_norm, eps)
-            self._adapter_grads(block.qkv, qkv_grad, normed, context.seed, None)
+            self._beside.run(lambda: block.qkv.adapter_grads(qkv_grad, normed, context.seed, None))
 
     def _down_backward(self, block: Block, kept: Kept, grad: torch.Tensor, seed: torch.Tensor | None) -> torch.Tensor:
         """The gradient of gate and up, in their place."""
@@ -240,29 +240,19 @@ class Engine:
         self._beside.join()  # it reads `grad`
         ops.rms_norm_backward(entry, norm, self.shape.eps, inner, grad)
         if not group.apart:
-            self._adapter_grads(group, out_grad, inner, seed, None)
-
-    def _adapter_grads(
-        self,
-        group: Group,
-        grad: torch.Tensor,
-        x: torch.Tensor,
-        seed: torch.Tensor | None,
-        input_grad: torch.Tensor | None,
-    ) -> None:
-        """As the group's method, and beside the pass unless that adds to the gradient of the input."""
-        if group.apart and input_grad is not None:
-            group.adapter_grads(grad, x, seed, input_grad)
-        else:
-            self._beside.run(lambda: group.adapter_grads(grad, x, seed, None))
+            self._beside.run(lambda: group.adapter_grads(out_grad, inner, seed, None))
 
     def _attention_backward(self, block: Block, kept: Kept, grad: torch.Tensor, context: Context) -> torch.Tensor:
-        assert kept.qkv is not None and kept.out is not None and kept.log_sum is not None
+        out = kept.out
+        assert kept.qkv is not None and out is not None and kept.log_sum is not None
         out_grad = block.o.input_grad(grad)
-        self._adapter_grads(block.o, grad, kept.out, context.seed, out_grad)
+        if block.o.apart:
+            block.o.adapter_grads(grad, out, context.seed, out_grad)
+        else:
+            self._beside.run(lambda: block.o.adapter_grads(grad, out, context.seed, None))
         raw = None if block.head_norms is None else kept.qkv
         q, k, v = self._split(kept.qkv) if raw is None else self._rotated(block, kept.qkv, context)
-        attended = Attended(self._heads(kept.out), kept.log_sum)
+        attended = Attended(self._heads(out), kept.log_sum)
         grads = attend_backward(self._heads(out_grad), q, k, v, attended, context.pack)
         return ops.rotate_backward(grads, raw, context.cos, context.sin, block.head_norms, self.shape.eps)
 

@@ -128,12 +128,12 @@ def _gptq(linear: Any) -> Gptq | None:
         return None  # another kernel has repacked it for itself
     version = linear.qzero_format() if hasattr(linear, "qzero_format") else 1
     groups = linear.g_idx.to(torch.int32)
-    offset = 1 if version == 1 else 0
-    return Gptq(linear.qweight, linear.scales, linear.qzeros, groups, _group_size(groups), bits, offset)
+    size, offset = _group_size(groups, len(linear.scales)), 1 if version == 1 else 0
+    return Gptq(linear.qweight, linear.scales, linear.qzeros, groups, size, bits, offset)
 
 
-def _group_size(groups: torch.Tensor) -> int:
-    size = max(1, len(groups) // (int(groups.max()) + 1))
+def _group_size(groups: torch.Tensor, count: int) -> int:
+    size = len(groups) // count
     neighbours = torch.arange(len(groups), device=groups.device, dtype=groups.dtype) // size
     return size if torch.equal(groups, neighbours) else 0
 
