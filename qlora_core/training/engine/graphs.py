@@ -68,18 +68,17 @@ class Replayed:
             raise
         except RuntimeError as error:
             self._possible = False
-            reason = str(_first(error)).splitlines()[0]
-            self._report(Note(message=f"steps run without CUDA graphs, as one could not be recorded: {reason}"))
+            self._report(Note(message=f"steps run without CUDA graphs, as one could not be recorded: {_reason(error)}"))
             return
         self._pool = graph.pool()
         self._recordings[pack.shape] = _Recording(graph, pack, seed, noise, loss)
 
 
-def _first(error: BaseException) -> BaseException:
-    """What the others followed from: whatever ends a recording that went wrong only says that it did."""
+def _reason(error: BaseException) -> str:
+    """A line on what the others followed from: whatever ends a recording that went wrong only says that it did."""
     while error.__context__ is not None:
         error = error.__context__
-    return error
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _fill(recording: _Recording, pack: Pack, seed: torch.Tensor, noise: torch.Tensor | None) -> None:

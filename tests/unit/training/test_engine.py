@@ -206,6 +206,20 @@ def test_passes_recorded_with_other_kernels_are_forgotten_when_new_ones_join(tmp
     assert said == ["steps from now on use flash-attn-4 and quack-kernels"]
 
 
+@pytest.mark.parametrize(
+    ("first", "said"), [(ValueError("no such tile\nat all"), "no such tile"), (AssertionError(), "AssertionError")]
+)
+def test_the_reason_why_no_pass_was_recorded_is_the_first_error(first, said):
+    try:
+        try:
+            raise first
+        finally:
+            raise RuntimeError("the recording was invalidated")
+    except RuntimeError as last:
+        assert graphs._reason(last) == said
+    assert graphs._reason(RuntimeError("alone")) == "alone"
+
+
 def test_embedding_noise_changes_the_loss_a_little(tmp_path):
     model, rows = adapted(CONFIGS["llama"], tmp_path), random_rows(VOCABULARY, ROWS)
     engine = Engine(model, torch.float32)
