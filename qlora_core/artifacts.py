@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 Scores = dict[str, float]
 """Metric name to value, one model."""
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting_perplexity", "latency_s"})
+LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting_perplexity", "latency_s", "rounding_cost"})
 """Every other metric is better when it is higher, unless its gate says otherwise."""
 
 
@@ -154,18 +154,49 @@ class TensorChange(Record):
     """Frobenius norm of the change over that of the base tensor."""
 
 
+class RoundingCost(Record):
+    """What rounding the merged weights to one dtype does to the loss on held-out rows, in nats a token."""
+
+    dtype: str
+    loss: float
+    """Of the merged model."""
+    cost: float
+    """That loss minus the loss of base + adapter on the same tokens."""
+    standard_error: float
+    """Of `cost`, from its spread over tokens."""
+    gain: float
+    """What training took off the base's loss on these tokens, before rounding."""
+    notable: bool
+    """Whether the cost is beyond doubt and more than a few percent of the gain."""
+
+    def in_words(self) -> str:
+        """Such as `rounding to bfloat16 costs 0.0013 nats (0.1 % of what training gained)`."""
+        share = f" ({self.cost / self.gain:.1%} of what training gained)" if self.gain > 0 else ""
+        return f"rounding to {self.dtype} costs {self.cost:.4f} nats{share}"
+
+
 class MergeProof(Record):
-    """What was checked of a merged model before it was accepted."""
+    """What was checked of a merged model before it was accepted, and what rounding its weights costs."""
 
     tensors: int
     changed: tuple[TensorChange, ...]
     unchanged: int
+    prediction_difference: float
+    """Largest logit difference of the folder from the same weights in the base's architecture, as a share of the
+    largest logit."""
+    prediction_limit: float
+    """What computing explains of it, measured on this model."""
     largest_logit_difference: float
+    """Of the merged model from base + adapter: what rounding does, as the next three."""
     kl_divergence: float
     top1_agreement: float
     probe_tokens: int
     losses: Scores = Field(default_factory=dict)
-    """Loss on the probe of `quantized_base_and_adapter`, `base_and_adapter` and `merged`, in nats."""
+    """On held-out rows, in nats: `base`, `base_and_adapter`, `merged`, and `quantized_base_and_adapter`."""
+    loss_tokens: int = 0
+    """Held-out tokens that these losses are means over."""
+    rounding: tuple[RoundingCost, ...] = ()
+    """Of every output dtype that was tried; the last one is the merged model's."""
     answers: int = 0
     """Held-out prompts that a fresh process answered with plain transformers."""
     stopped: int = 0

@@ -39,7 +39,7 @@ def evaluate(
 
         def produce(into: Path, _: Report) -> EvaluationReport:
             base_scores = _scores(stage, base.merge_base.path, base.merge_base.digest, dataset)
-            candidate = _scores(stage, merged.path / "model", merged.digest, dataset)
+            candidate = _with_rounding(_scores(stage, merged.path / "model", merged.digest, dataset), merged)
             rival = _champion_scores(stage, registry, champion, dataset)
             decision = decide(
                 recipe.promotion.gates,
@@ -99,6 +99,13 @@ def _scores(stage: Stage, model: Path, digest: str, dataset: PreparedDataset) ->
     )
 
 
+def _with_rounding(scores: ModelScores, merged: MergedModel) -> ModelScores:
+    """The candidate's scores and what rounding its weights has cost, which only its merge could measure."""
+    costs = merged.proof.rounding
+    found = {evaluation.ROUNDING_COST: costs[-1].cost} if costs else {}
+    return scores.model_copy(update={"scores": scores.scores | found})
+
+
 def _champion_scores(
     stage: Stage, registry: ModelRegistry, champion: Version | None, dataset: PreparedDataset
 ) -> ModelScores | None:
@@ -131,6 +138,7 @@ def _context(
             *((f"loss of {name.replace('_', ' ')}", f"{loss:.4f}") for name, loss in merged.proof.losses.items()),
         ),
         needs_approval=recipe.promotion.approval == "manual",
+        rounding=merged.proof.rounding,
         timings_s=stage.tracker.stage_seconds(stage.retraining),
     )
 

@@ -33,13 +33,15 @@ def _describe(merged: MergedModel) -> Described:
     proof = merged.proof
     return Described(
         metrics={
-            **{f"loss.{name}": loss for name, loss in proof.losses.items()},
+            **{f"loss_{name}": loss for name, loss in proof.losses.items()},
+            **{f"rounding_cost_{cost.dtype}": cost.cost for cost in proof.rounding},
             "changed_tensors": len(proof.changed),
             "unchanged_tensors": proof.unchanged,
+            "prediction_difference": proof.prediction_difference,
+            "prediction_limit": proof.prediction_limit,
             "largest_logit_difference": proof.largest_logit_difference,
             "kl_divergence": proof.kl_divergence,
             "top1_agreement": proof.top1_agreement,
-            **{f"loss_{name}": loss for name, loss in proof.losses.items()},
         },
         tags={
             "qlora.digest": merged.digest,
@@ -53,7 +55,5 @@ def _describe(merged: MergedModel) -> Described:
 
 def _line(merged: MergedModel) -> str:
     proof = merged.proof
-    return (
-        f"{len(proof.changed)} of {proof.tensors} tensors changed, in {merged.dtype}; same next token as base + "
-        f"adapter on {proof.top1_agreement:.1%} of {proof.probe_tokens} tokens"
-    )
+    cost = f"; {proof.rounding[-1].in_words()}" if proof.rounding else f", in {merged.dtype}"
+    return f"{len(proof.changed)} of {proof.tensors} tensors changed and proven{cost}"

@@ -101,7 +101,9 @@ def _sentencepiece(file: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast, model_type: str, **settings: object) -> Path:
+def write_model(
+    folder: Path, tokenizer: PreTrainedTokenizerFast, model_type: str, dtype: str = "float32", **settings: object
+) -> Path:
     """A tiny random model that speaks a real vocabulary, as a plain model folder.
 
     Its weights are large enough for its head to tell one token from 100,000 others, so that it can learn to.
@@ -123,6 +125,7 @@ def write_model(folder: Path, tokenizer: PreTrainedTokenizerFast, model_type: st
         pad_token_id=tokenizer.pad_token_id,
         **settings,
     )
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

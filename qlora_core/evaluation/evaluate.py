@@ -13,7 +13,7 @@ from qlora_core.artifacts import (
 )
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.bootstrap import interval_of_difference
-from qlora_core.evaluation.metrics import check_metrics, find_metrics, known_metrics
+from qlora_core.evaluation.metrics import ROUNDING_COST, check_metrics, find_metrics, known_metrics
 from qlora_core.evaluation.records import EvaluationSpec, ReportContext
 from qlora_core.evaluation.scored import FILES, read_rows, row_sums
 from qlora_core.events import Report
@@ -22,7 +22,7 @@ from qlora_core.recipe import EvaluationRecipe
 from qlora_core.store import sha256_of_file
 
 VERSION = 2
-REPORT_VERSION = 3
+REPORT_VERSION = 4
 """Of the page and its data; scores stay what they are when only these change."""
 KEEP = FILES
 """What belongs to the scores of a model; the child's own folder does not."""
@@ -126,6 +126,7 @@ def _intervals(candidate: ModelScores, other: ModelScores, name: str) -> Interva
 __all__ = [
     "KEEP",
     "REPORT_VERSION",
+    "ROUNDING_COST",
     "VERSION",
     "ReportContext",
     "check_metrics",

@@ -61,7 +61,10 @@ SCORES: dict[str, Score] = {
     "answer_tokens": Score("Answer length in tokens", lower_is_better=None),
     "generation_tokens_per_s": Score("Generated tokens per second", lower_is_better=None),
     "latency_s": Score("Seconds for one answer", lower_is_better=True),
+    "rounding_cost": Score("Loss added by rounding the merged weights", lower_is_better=True),
 }
+ROUNDING_COST = "rounding_cost"
+"""A score of the candidate alone, from its merge: nats a token."""
 ABOUT_ANSWERS = {"stops_by_itself", "answer_tokens", "generation_tokens_per_s"}
 """What is known of every model that gave answers, whichever metric asked for them."""
 TIMED = {"generation_tokens_per_s", "latency_s"}
@@ -109,12 +112,21 @@ def check_metrics(recipe: EvaluationRecipe, gates: Iterable[Gate]) -> None:
     _check_harness(recipe)
     if any(not metric.scores for metric in metrics.values()):
         return  # what a package of one's own scores is known only from its answers
-    scored = {*METRICS["loss"].scores, *(score for metric in metrics.values() for score in metric.scores)}
+    scored = {
+        ROUNDING_COST,
+        *METRICS["loss"].scores,
+        *(score for metric in metrics.values() for score in metric.scores),
+    }
     if any(metric.needs == "answers" for metric in metrics.values()):
         scored |= ABOUT_ANSWERS
     for gate in gates:
         if gate.metric not in scored:
             raise RecipeError(_unscored(gate.metric, scored))
+        if gate.metric == ROUNDING_COST and gate.threshold is None:
+            raise RecipeError(
+                f"the gate on `{ROUNDING_COST}` compares with the {gate.against}, which was not merged here; "
+                "give it a `threshold` in nats, such as 0.01"
+            )
         if gate.significant and gate.metric in TIMED:
             raise RecipeError(
                 f"the gate on `{gate.metric}` asks for significance, which a time has none of; give it a `tolerance`"

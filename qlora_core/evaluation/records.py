@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pydantic import Field
 
-from qlora_core.artifacts import PreparedDataset, Record
+from qlora_core.artifacts import PreparedDataset, Record, RoundingCost
 from qlora_core.recipe import EvaluationRecipe
 
 RowScores = dict[str, float]
@@ -37,5 +37,7 @@ class ReportContext(Record):
     """Role and identity: `("base model", "SmolLM2-135M, sha256 b179c952…")`."""
     needs_approval: bool = False
     """Whether a person decides after the gates have passed."""
+    rounding: tuple[RoundingCost, ...] = ()
+    """What rounding the merged weights costs, by the dtypes that were tried; the last one is the candidate's."""
     timings_s: dict[str, float] = Field(default_factory=dict)
     """Stage to seconds."""

@@ -5,7 +5,7 @@ from pathlib import Path
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset, Record
 from qlora_core.recipe import MergeRecipe, Quantization
 
-VERSION = 2
+VERSION = 3
 """Raised when merging makes something else from the same input."""
 
 MODEL = "model"
