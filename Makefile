@@ -10,7 +10,7 @@ TOOLS  := .tools
 
 FAULTS ?= .faults
 
-.PHONY: quickstart test test-gptq test-kernels team-test faults soak queue fuzz lock audit check ui clean help
+.PHONY: quickstart test test-gptq test-kernels team-test faults soak merges queue fuzz lock audit check ui clean help
 
 help:            ## what can be typed
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 14
@@ -39,6 +39,9 @@ faults: $(STAMP)  ## every stage hit by every fault, then the same command again
 
 soak: $(STAMP)   ## N retrainings killed at random times, after M at once: make soak N=200 M=50
 	$(BIN)/python -m tests.integration.faults.soak --count $(or $(N),200) --at-once $(or $(M),0)
+
+merges: $(STAMP)  ## 60 adapters merged rightly and wrongly in every dtype: none may be judged wrongly; an hour on two cores
+	$(BIN)/python -m tests.integration.merges
 
 queue: $(STAMP)  ## N retrainings submitted at once to a pool of two slots: make queue N=50
 	$(BIN)/python -m tests.integration.many --count $(or $(N),50)
