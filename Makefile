@@ -1,12 +1,21 @@
 # Everything below sets itself up: Python 3.11 or newer, pip and make are all that has to be there.
-VENV   := .venv
 PYTHON ?= python3
+# `make test PYTHON=python3.13`: where .venv is of another Python, that one gets an environment of its own, .venv-3.13.
+ifneq ($(origin PYTHON),file)
+  WANTED := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+  ifeq ($(WANTED),)
+    $(error PYTHON is $(PYTHON), which does not run; name a Python 3.11 or newer, such as PYTHON=python3.13)
+  endif
+  FOUND := $(shell sed -n 's/^version = \([0-9]*\.[0-9]*\).*/\1/p' .venv/pyvenv.cfg 2>/dev/null)
+  SUFFIX := $(if $(filter-out $(WANTED),$(FOUND)),-$(WANTED))
+endif
+VENV   := .venv$(SUFFIX)
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-GPTQ   := .venv-gptq
+GPTQ   := .venv-gptq$(SUFFIX)
 GPTQ_STAMP := $(GPTQ)/.installed
-TRITON := .triton
-TOOLS  := .tools
+TRITON := .triton$(SUFFIX)
+TOOLS  := .tools$(SUFFIX)
 
 FAULTS ?= .faults
 
@@ -62,7 +71,7 @@ check: $(STAMP)  ## style, types, import rules
 	$(BIN)/lint-imports
 
 clean:           ## remove the virtual environment and caches, keep .qlora
-	rm -rf $(VENV) $(GPTQ) $(TRITON) $(TOOLS) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* .triton* .tools* .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

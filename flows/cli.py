@@ -33,12 +33,15 @@ Overrides = Annotated[
 ModelName = Annotated[str | None, typer.Argument(help="A registered model; all of them when left out.")]
 ModelAtAlias = Annotated[str, typer.Argument(metavar="MODEL@ALIAS", help="Such as smollm2-tool-caller@champion.")]
 ModelVersion = Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="An alias or a number, such as x@3.")]
-Reason = Annotated[str, typer.Option(help="Kept with the version.")]
+Reason = Annotated[str, typer.Option(help="Why; kept with the version.")]
 ExportKind = Annotated[
     Literal["nf4", "gptq-int4"], typer.Option("--as", help="What loads it: bitsandbytes, or GPTQ kernels.")
 ]
-Cron = Annotated[str | None, typer.Option(help="When, as a cron line such as '0 2 * * *'.")]
-TimeZone = Annotated[str, typer.Option(help="Of the cron line, such as Europe/Berlin.")]
+Cron = Annotated[
+    str | None,
+    typer.Option(help="When, as a cron line such as '0 2 * * *'; only when its data is published if left out."),
+]
+TimeZone = Annotated[str, typer.Option(help="Time zone of the cron line, such as Europe/Berlin.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
 
@@ -86,7 +89,7 @@ def sweep(
 
 @app.command()
 def check(recipe: RecipePath, set_: Overrides = None) -> None:
-    """Find out what would go wrong before compute is spent, and look at three rows."""
+    """Find out what would go wrong before compute is spent, and show three rows."""
     settings = _start()
     from flows.commands import check_recipe
 
@@ -104,7 +107,7 @@ def models(name: ModelName = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def compare(left: ModelVersion, right: ModelVersion, as_json: AsJson = False) -> None:
-    """Show two versions side by side: scores, and what their recipes have not in common."""
+    """Show two versions side by side: their scores, and where their recipes differ."""
     settings = _start()
     from flows.judging import show_comparison
 
@@ -123,11 +126,11 @@ def lineage(version: ModelVersion, as_json: AsJson = False) -> None:
 @app.command()
 def approve(
     version: ModelVersion,
-    reject: Annotated[bool, typer.Option("--reject", help="Decline it; the champion stays.")] = False,
+    reject: Annotated[bool, typer.Option("--reject", help="Reject it; the champion stays.")] = False,
     reason: Reason = "",
     as_json: AsJson = False,
 ) -> None:
-    """Answer for a version that waits for approval."""
+    """Approve or reject a version that waits for a person."""
     settings = _start()
     from flows.judging import approve as answer
 
@@ -229,7 +232,7 @@ def serve(
 
 @app.command()
 def export(model: ModelAtAlias, kind: ExportKind) -> None:
-    """Make a registered model small: 4 bits, measured against the model itself."""
+    """Export a registered model in 4 bits, and measure it against the model itself."""
     settings = _start()
     from flows.commands import export_model
 
@@ -256,7 +259,7 @@ def deploy(
     timezone: TimeZone = "UTC",
     pool: Annotated[str, typer.Option(help="The work pool whose workers retrain.")] = "gpu",
 ) -> None:
-    """Deploy a recipe to the team's Prefect server: retrained on a schedule and when its data is published."""
+    """Deploy a recipe to the team's Prefect server: it retrains on a schedule and when its data is published."""
     settings = _start()
     from flows.deploy import deploy as deploy_recipe
 
@@ -266,9 +269,9 @@ def deploy(
 @app.command()
 def notify(
     block: Annotated[str, typer.Argument(metavar="TYPE/NAME", help="A block, such as slack-webhook/team.")],
-    recipe: Annotated[Path | None, typer.Argument(help="Of which recipe; of all when left out.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="The recipe to hear of; all recipes when left out.")] = None,
     on: Annotated[
-        list[Occasion] | None, typer.Option(help="What to hear of, may be repeated; everything when left out.")
+        list[Occasion] | None, typer.Option(help="What to hear of; may be repeated; everything when left out.")
     ] = None,
 ) -> None:
     """Send failures and verdicts of retrainings to a notification block of the team's Prefect server."""
@@ -283,7 +286,9 @@ def serve_flows(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes to retrain.")],
     cron: Cron = None,
     timezone: TimeZone = "UTC",
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server, where none is set.")] = 4200,
+    prefect_port: Annotated[
+        int, typer.Option(help="Port of the Prefect server, where PREFECT_API_URL is not set.")
+    ] = 4200,
 ) -> None:
     """Run the schedules of recipes on this machine until Ctrl-C; no worker is needed."""
     settings = _start()
@@ -321,10 +326,10 @@ def store_verify() -> None:
 
 @store.command("gc")
 def store_gc(
-    unused_days: Annotated[float, typer.Option(min=0, help="How long ago the last use must be.")] = 30,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    unused_days: Annotated[float, typer.Option(min=0, help="How many days ago the last use must be.")] = 30,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
-    """Remove what was not used for long and what no alias, live run or recent run needs."""
+    """Remove what was not used for long and is not needed by an alias, a live run or a recent run."""
     settings = _start()
     from flows.store import collect_garbage
 

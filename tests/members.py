@@ -184,7 +184,13 @@ def infra(us: Team, script: str, folder: Path) -> "subprocess.CompletedProcess[s
 
 
 def wipe(us: Team) -> None:
-    """Lose both databases, their users and every object, and set up new databases as an administrator would."""
+    """Lose everything, and set up new databases as an administrator would."""
+    lose(us)
+    set_up_databases(us.database, us.secret)
+
+
+def lose(us: Team) -> None:
+    """Lose both databases, their users and every object."""
     psql = shutil.which("psql")
     assert psql is not None
     lost = [f"DROP DATABASE {name}" for name in ("prefect", "mlflow")] + ["DROP ROLE prefect", "DROP ROLE mlflow"]
@@ -192,7 +198,6 @@ def wipe(us: Team) -> None:
     subprocess.run([psql, us.database.replace("+psycopg", "") + "/postgres", *commands], check=True, timeout=60)
     for key in us.objects():
         us.s3().delete_object(Bucket=BUCKET, Key=key)
-    set_up_databases(us.database, us.secret)
 
 
 def holdings(us: Team) -> dict[str, Any]:
