@@ -108,6 +108,7 @@ def read_architecture(path: Path) -> Architecture:
                 intermediate=config.intermediate_size,
                 heads=config.num_attention_heads,
                 kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+                head_dim=getattr(config, "head_dim", None),
                 vocab=config.vocab_size,
                 context_tokens=config.max_position_embeddings,
                 parameters=count_parameters(path),

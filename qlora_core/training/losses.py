@@ -66,8 +66,10 @@ def _fused(model: PeftModel, spec: TrainSpec, rows: TokenRows, dtype: torch.dtyp
     longest, mean = int(rows.lengths.max()), float(rows.lengths.mean())
     step_tokens = round(mean * recipe.effective_batch_rows / _processes())
     base = spec.base
+    shape = shape_of(model.get_base_model().config)
+    facts = base.architecture.model_copy(update={"head_dim": shape.head_width})  # older versions did not store it
     plan = plan_memory(
-        base.architecture, recipe, longest, step_tokens, available, dtype.itemsize, quantization=base.quantization
+        facts, recipe, longest, step_tokens, available, dtype.itemsize, base.quantization, device.type == "cuda"
     )
     engine = Engine(model, dtype, plan.activation_memory)
     spare_bytes = (available - plan.estimate.total_gib) * USABLE * GIB
