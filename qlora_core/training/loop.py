@@ -1,6 +1,7 @@
 """All optimizer steps of a run, with what happens between them: metrics, evaluation, checkpoints, and when to stop."""
 
 import time
+from collections.abc import Iterator, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -110,7 +111,7 @@ class Loop:
             set_learning_rate(parallel.optimizer, learning_rate(step, len(self.work.steps), self.recipe))
         rate = float(parallel.optimizer.param_groups[0]["lr"])
         seed_step(self.spec.seed, step, parallel.rank)
-        shares = self._shares(self.work.rows, chosen)
+        shares = list(self._shares(self.work.rows, self._split(self.work.rows, chosen)))
         try:
             values = train_step(parallel, shares, int(self.work.rows.trained_tokens[chosen].sum()))
         except torch.OutOfMemoryError:
@@ -129,17 +130,17 @@ class Loop:
         self.report(Note(message=f"step {step} ran out of memory; it is repeated in passes of half the size"))
         return self._step(step)
 
-    def _shares(self, rows: TokenRows, chosen: NDArray[np.int64]) -> list[Share]:
-        """This process's forward passes over some rows."""
-        mine = share_of(
-            self.batches.split(chosen, rows.lengths, self.parallel.processes),
-            self.parallel.rank,
-            self.parallel.processes,
-        )
-        return [
-            Share(self.batches.collate([rows[int(i)] for i in (part if len(part) else [0])]), counts=len(part) > 0)
-            for part in mine
-        ]
+    def _split(self, rows: TokenRows, chosen: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Row numbers of this process's forward passes over some rows."""
+        parallel = self.parallel
+        passes = self.batches.split(chosen, rows.lengths, parallel.processes)
+        return share_of(passes, parallel.rank, parallel.processes)
+
+    def _shares(self, rows: TokenRows, passes: Sequence[NDArray[np.int64]]) -> Iterator[Share]:
+        """Passes as tensors, each made when it is asked for."""
+        for part in passes:
+            numbers = part if len(part) else [0]
+            yield Share(self.batches.collate([rows[int(i)] for i in numbers]), counts=len(part) > 0)
 
     def _settle(self, pending: Pending) -> None:
         """Read what a step gave, one step later, and report it."""
@@ -192,16 +193,18 @@ class Loop:
         total = torch.zeros((), device=self.parallel.device, dtype=torch.float64)
         module.eval()
         with torch.no_grad():
-            shares = self._shares(rows, np.arange(len(rows)))
-            for number, share in enumerate(shares):
+            passes = self._split(rows, np.arange(len(rows)))
+            for number, share in enumerate(self._shares(rows, passes), 1):
                 total += module(share.batch.to(self.parallel.device)).double() * float(share.counts)
-                self.report(Progress(what="evaluation loss", done=number + 1, total=len(shares), unit="batches"))
+                self.report(Progress(what="evaluation loss", done=number, total=len(passes), unit="batches"))
         module.train()
         return float(self.parallel.sum(total)) / int(rows.trained_tokens.sum())
 
     def _is_exhausted(self) -> bool:
         limits = self.recipe.early_stopping
-        if limits is None or not is_exhausted(self.history, limits):
+        if limits is None or not self.history or EVALUATION_LOSS not in self.history[-1].values:
+            return False  # only an evaluation can end it, and looking at all of them each step takes ever longer
+        if not is_exhausted(self.history, limits):
             return False
         self.report(Note(message=f"stopped after step {self.history[-1].step}: the evaluation loss no longer falls"))
         return True
