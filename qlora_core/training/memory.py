@@ -11,6 +11,8 @@ from qlora_core.training.pass_memory import (
     ActivationMemory,
     PassShape,
     pass_memory,
+    resident_bytes,
+    rest_behind,
 )
 
 GIB = 2**30
@@ -82,7 +84,12 @@ def estimate(
     noise = 2 * tokens * facts.hidden * bytes_per_value if recipe.neftune_alpha else 0  # also what is recorded reads it
     workspaces = PRODUCT_WORKSPACES * WORKSPACE_BYTES if on_gpu else 0
     return MemoryEstimate(
-        weights_gib=(linears * quantized_bytes + embeddings * bytes_per_value) / GIB,
+        weights_gib=(
+            linears * quantized_bytes
+            + embeddings * bytes_per_value
+            + _allocator_rests(facts, quantized_bytes, bytes_per_value)
+        )
+        / GIB,
         adapter_gib=adapter_parameters(facts, recipe.lora.rank) * per_parameter / GIB,
         activations_gib=memory.kept / GIB,
         workspace_gib=(memory.passing + noise + workspaces) / GIB,
@@ -132,9 +139,25 @@ def _falling(most: int, least: int) -> Iterator[int]:
     yield least
 
 
+def _allocator_rests(facts: Architecture, quantized_bytes: float, bytes_per_value: int) -> int:
+    """What the allocator gives to weights beyond their size: packed values and scales are tensors of their own."""
+    whole_bytes = int(quantized_bytes) or 0.5  # of a packed value, without its scale
+    embedding = facts.vocab * facts.hidden * bytes_per_value
+    rests = (resident_bytes(embedding) - embedding) * (1 if facts.tied_embeddings else 2)
+    for inputs, outputs in _linears(facts):
+        packed, scales = (round(inputs * outputs * each) for each in (whole_bytes, quantized_bytes - whole_bytes))
+        apart = sum(resident_bytes(size) - size for size in (packed, scales))
+        rests += facts.layers * max(apart, rest_behind(packed, scales))
+    return rests
+
+
+def _linears(facts: Architecture) -> list[tuple[int, int]]:
+    """Inputs and outputs of the seven linear layers of a block."""
+    queries, keys = facts.heads * facts.head_width, facts.kv_heads * facts.head_width
+    attention = [(facts.hidden, queries), (queries, facts.hidden), (facts.hidden, keys), (facts.hidden, keys)]
+    return [*attention, *[(facts.hidden, facts.intermediate)] * 3]
+
+
 def adapter_parameters(facts: Architecture, rank: int) -> int:
     """Parameters of an adapter on the seven linear layers of every block."""
-    queries, keys = facts.heads * facts.head_width, facts.kv_heads * facts.head_width
-    attention = [(facts.hidden, queries), (queries, facts.hidden)] + [(facts.hidden, keys)] * 2
-    mlp = [(facts.hidden, facts.intermediate)] * 3
-    return facts.layers * rank * sum(inputs + outputs for inputs, outputs in attention + mlp)
+    return facts.layers * rank * sum(inputs + outputs for inputs, outputs in _linears(facts))

@@ -24,9 +24,9 @@ SUMS_COLUMNS = 512
 """Columns of a wide gradient whose partial products one program adds up: each leaves `[tokens, rank]` sums in fp32."""
 LARGEST_FUSED_RANK = 32
 """Above it, sums of partial products would cost as much memory traffic as reading the wide matrices again."""
-PRODUCT_WORKSPACES, WORKSPACE_BYTES = 4, 32 * MIB
-"""cuBLAS holds one for each stream (the main one, the one beside it, the one that records), and cuBLASLt one; of this
-size on Hopper, smaller before."""
+PRODUCT_WORKSPACES, WORKSPACE_BYTES = 4, 33 * MIB
+"""cuBLAS holds one for each stream (the main one, the one beside it, the one that records), and cuBLASLt one; of 32 MiB
+on Hopper, smaller before, with up to a MiB that the allocator does not cut off."""
 LARGE_BYTES, SEGMENT_BYTES, SPLIT_BYTES, ROUND_BYTES = 10 * MIB, 2 * MIB, MIB, 512
 """PyTorch's CUDA allocator: larger blocks are whole segments, of which no rest below a MiB is cut off."""
 
@@ -85,13 +85,13 @@ class _Block:
         self.low = self.tensor(shape.rank)
         self.gate_up_low = self.tensor(2 * shape.rank) if shape.has_dropout else 0
         weights = (facts.hidden * (queries + 2 * keys), facts.hidden * queries)
-        self.qkv_weight, self.o_weight = (_block_bytes(size * shape.bytes_per_value) for size in weights)
-        self.down_weight = _block_bytes(facts.hidden * facts.intermediate * shape.bytes_per_value)
-        self.gate_up_weight = _block_bytes(2 * facts.hidden * facts.intermediate * shape.bytes_per_value)
+        self.qkv_weight, self.o_weight = (block_bytes(size * shape.bytes_per_value) for size in weights)
+        self.down_weight = block_bytes(facts.hidden * facts.intermediate * shape.bytes_per_value)
+        self.gate_up_weight = block_bytes(2 * facts.hidden * facts.intermediate * shape.bytes_per_value)
 
     def tensor(self, width: int, bytes_per_value: int | None = None) -> int:
         """`[tokens, width]`"""
-        return _block_bytes(self.shape.tokens * width * (bytes_per_value or self.shape.bytes_per_value))
+        return block_bytes(self.shape.tokens * width * (bytes_per_value or self.shape.bytes_per_value))
 
     @property
     def sums(self) -> int:
@@ -131,7 +131,7 @@ def _head(block: _Block) -> int:
     """Beside what all blocks keep: the stream, its norm and the rows that predict, with logits, or their gradients."""
     facts, shape = block.shape.facts, block.shape
     row_bytes = facts.vocab * shape.bytes_per_value
-    logits = _block_bytes(min(shape.tokens, logit_rows(facts.vocab, shape.bytes_per_value)) * row_bytes)
+    logits = block_bytes(min(shape.tokens, logit_rows(facts.vocab, shape.bytes_per_value)) * row_bytes)
     return 3 * block.hidden + max(logits, block.hidden)
 
 
@@ -146,8 +146,25 @@ def _whole_pass(block: _Block) -> int:
     return 2 * block.tensor(block.shape.facts.head_width) + 2 * 4 * block.tensor(1, 8)
 
 
-def _block_bytes(size: int) -> int:
+def block_bytes(size: int) -> int:
     """What the allocator takes for a tensor."""
     rounded = ceil(size / ROUND_BYTES) * ROUND_BYTES
     rest = -rounded % SEGMENT_BYTES
     return rounded + rest if rounded >= LARGE_BYTES and rest <= SPLIT_BYTES else rounded
+
+
+def rest_behind(size: int, next_size: int) -> int:
+    """What a tensor leaves unused of the rest that the allocator has cut off behind a larger one, and given to it."""
+    rest = -size % SEGMENT_BYTES
+    fits = size >= LARGE_BYTES and rest > SPLIT_BYTES and SPLIT_BYTES < next_size <= rest
+    return rest - next_size if fits and rest - next_size <= SPLIT_BYTES else 0
+
+
+def resident_bytes(size: int) -> int:
+    """The same of a tensor that lives as long as the process, at most: smaller ones share segments of 20 MiB.
+
+    What is left of such a segment goes to its last tensor, up to a MiB.
+    """
+    if not SPLIT_BYTES < size < LARGE_BYTES:
+        return block_bytes(size)
+    return block_bytes(size) + SPLIT_BYTES // (2 * LARGE_BYTES // size)
