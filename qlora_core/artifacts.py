@@ -44,7 +44,8 @@ class Architecture(Record):
     head_dim: int | None = None
     """Width of a head; `None`, as in what older versions stored: `hidden / heads`."""
     vocab: int
-    context_tokens: int
+    context_tokens: int | None
+    """Longest row that it can read; `None` where positions set no limit."""
     parameters: int
     tied_embeddings: bool
 

@@ -65,8 +65,10 @@ def prepare(
         earlier: data sets; of the first that was made in the same way, no row is tokenized again.
 
     Raises:
-        DataError: too many rows are unreadable, one side of the split is empty, or the chat template cannot be used.
+        DataError: too many rows are unreadable, one side of the split is empty, the chat template cannot be used, or
+            rows may become longer than the model can read.
     """
+    _refuse_beyond_context(recipe, base)
     tokenizer = load_tokenizer(base.path)
     digests = tokenizer_digest(tokenizer), template_digest(tokenizer)
     way = sha256_of_json([VERSION, *digests, recipe.loss])
@@ -137,6 +139,16 @@ def _make(
                 report(Progress(what="prepare", done=tally.read, total=0, unit="rows"))
                 told = time.monotonic()
     return tally, output
+
+
+def _refuse_beyond_context(recipe: DataRecipe, base: ModelSnapshot) -> None:
+    context = base.architecture.context_tokens
+    if context is not None and recipe.seq_len_tokens > context:
+        raise DataError(
+            f"data.seq_len_tokens is {recipe.seq_len_tokens:,}, and {base.source} reads at most {context:,} tokens "
+            f"(max_position_embeddings in its config.json, times its rope scaling); set it to {context} or less. What "
+            "happens to longer rows, data.too_long says"
+        )
 
 
 def _check(recipe: DataRecipe, tally: Tally, train_rows: int, evaluation_rows: int) -> None:
