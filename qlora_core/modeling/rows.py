@@ -135,13 +135,6 @@ def write_token_rows(path: Path, rows: Iterable[TokenRow]) -> None:
             write(batch)
 
 
-def write_prompts(path: Path, prompts: Iterable[PromptRow]) -> None:
-    """Write prompts in the order given."""
-    with prompt_writer(path) as write:
-        for batch in _batches(prompts):
-            write(batch)
-
-
 def read_prompts(path: Path) -> list[PromptRow]:
     """The prompts of the evaluation rows, in their order."""
     return [PromptRow(**row) for row in pa.ipc.open_file(pa.memory_map(str(path))).read_all().to_pylist()]
