@@ -2,10 +2,12 @@
 
 import weakref
 
+import pytest
 import torch
 from accelerate import Accelerator
 
-from qlora_core.events import Metrics, Progress, ignore
+from qlora_core.errors import TrainingError
+from qlora_core.events import Metrics, Note, Progress, ignore
 from qlora_core.recipe import EarlyStopping, TrainRecipe
 from qlora_core.training.data_parallel import DataParallel
 from qlora_core.training.engine.pack import Pack, pack_rows
@@ -67,3 +69,43 @@ def test_only_an_evaluation_can_end_training_early(base, dataset, tmp_path):
     assert loop._is_exhausted()
     loop.history.append(Metrics(step=4, values={"loss": 1.0}))
     assert not loop._is_exhausted(), "no evaluation since it was asked last"
+
+
+class Starving(Counting):
+    """Runs out of memory until its passes have been made smaller so many times."""
+
+    def __init__(self, times: int, smaller: bool) -> None:
+        super().__init__()
+        self.times, self.smaller = times, smaller
+
+    def shrink(self) -> bool:
+        self.times -= 1
+        return self.smaller
+
+    def forward(self, pack: Pack) -> torch.Tensor:
+        if self.times > 0:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.weight.sum() + len(pack.targets)
+
+
+def starving(times: int, smaller: bool, alone: bool, base, dataset, tmp_path, report=ignore) -> Loop:
+    loop, _ = loop_of(TrainRecipe(max_steps=1), base, dataset, tmp_path, report)
+    loop.batches = loop.parallel.module = Starving(times, smaller)
+    loop.parallel.can_repeat = alone
+    return loop
+
+
+def test_a_step_that_ran_out_of_memory_is_repeated_with_less_and_said(base, dataset, tmp_path):
+    notes: list[str] = []
+    report = lambda event: notes.append(event.message) if isinstance(event, Note) else None  # noqa: E731
+    starving(2, True, True, base, dataset, tmp_path, report)._step(1)
+    assert notes == ["step 1 ran out of memory; it is repeated with less"] * 2
+
+
+@pytest.mark.parametrize(("smaller", "alone"), [(False, True), (True, False)], ids=["as small as can be", "together"])
+def test_a_run_that_memory_cannot_hold_ends_with_what_to_set(smaller, alone, base, dataset, tmp_path):
+    loop = starving(1, smaller, alone, base, dataset, tmp_path)
+    with pytest.raises(
+        TrainingError, match=r"step 1 ran out of memory in process 0.*train\.activation_memory to small"
+    ):
+        loop._step(1)
