@@ -41,10 +41,18 @@ class Architecture(Record):
     intermediate: int
     heads: int
     kv_heads: int
+    head_dim: int | None = None
+    """Width of a head; `None`, as in what older versions stored: `hidden / heads`."""
     vocab: int
-    context_tokens: int
+    context_tokens: int | None
+    """Longest row that it can read; `None` where positions set no limit."""
     parameters: int
     tied_embeddings: bool
+
+    @property
+    def head_width(self) -> int:
+        """Values of one query or key head."""
+        return self.head_dim or self.hidden // self.heads
 
 
 class ModelSnapshot(Artifact):

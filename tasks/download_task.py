@@ -28,8 +28,9 @@ def download(retraining: Retraining) -> State[ModelSnapshot]:
 
 def _describe(base: ModelSnapshot) -> Described:
     facts = base.architecture
+    sizes = {"parameters": facts.parameters, "layers": facts.layers, "context_tokens": facts.context_tokens}
     return Described(
-        metrics={"parameters": facts.parameters, "layers": facts.layers, "context_tokens": facts.context_tokens},
+        metrics={name: value for name, value in sizes.items() if value is not None},
         tags={
             "qlora.digest": base.digest,
             "qlora.source": base.source,

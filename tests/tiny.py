@@ -18,6 +18,7 @@ CHATML = (
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 COLOURS = ["red", "green", "blue", "yellow", "black", "white"]
 THINGS = ["door", "boat", "lamp", "coat", "chair", "kite", "cup", "wall", "hat", "car", "bell", "box"]
+CONTEXT_TOKENS = 256
 PLAIN_TEXT = "The river runs past the old mill and under the bridge. " * 40
 
 
@@ -34,7 +35,7 @@ def write_model(folder: Path, hidden: int = 64, family: str = "llama") -> Path:
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=hidden // 4,
-        max_position_embeddings=256,
+        max_position_embeddings=CONTEXT_TOKENS,
         eos_token_id=2,
         bos_token_id=None,
         pad_token_id=0,

@@ -1,4 +1,4 @@
-"""Byte-level BPE several times faster than `tokenizers`, used only where its ids are shown to be the same.
+"""Byte-level BPE several times faster than `tokenizers`, used only where its ids were the same for all texts compared.
 
 Kitoken (https://kitoken.dev) reads the same tokenizer.json. It gives ids alone; where each token stands in the text
 follows from the bytes that it is made of, and a row whose bytes do not add up is left to the reference.

@@ -65,8 +65,10 @@ def prepare(
         earlier: data sets; of the first that was made in the same way, no row is tokenized again.
 
     Raises:
-        DataError: too many rows are unreadable, one side of the split is empty, or the chat template cannot be used.
+        DataError: too many rows are unreadable, one side of the split is empty, the chat template cannot be used, or
+            rows may become longer than the model can read.
     """
+    recipe = _within_context(recipe, base, report)
     tokenizer = load_tokenizer(base.path)
     digests = tokenizer_digest(tokenizer), template_digest(tokenizer)
     way = sha256_of_json([VERSION, *digests, recipe.loss])
@@ -137,6 +139,25 @@ def _make(
                 report(Progress(what="prepare", done=tally.read, total=0, unit="rows"))
                 told = time.monotonic()
     return tally, output
+
+
+def _within_context(recipe: DataRecipe, base: ModelSnapshot, report: Report) -> DataRecipe:
+    """The recipe with rows that the model can read: a length that nobody has set is lowered, and said.
+
+    Raises:
+        DataError: the length was set, and is longer.
+    """
+    context = base.architecture.context_tokens
+    if context is None or recipe.seq_len_tokens <= context:
+        return recipe
+    why = f"{base.source} reads at most {context:,} tokens (max_position_embeddings, times its rope scaling)"
+    if "seq_len_tokens" in recipe.model_fields_set:
+        raise DataError(
+            f"data.seq_len_tokens is {recipe.seq_len_tokens:,}, and {why}; set it to {context} or less. What happens "
+            "to longer rows, data.too_long says"
+        )
+    report(Note(message=f"rows are at most {context:,} tokens long, as {why}; data.seq_len_tokens is not set"))
+    return recipe.model_copy(update={"seq_len_tokens": context})
 
 
 def _check(recipe: DataRecipe, tally: Tally, train_rows: int, evaluation_rows: int) -> None:

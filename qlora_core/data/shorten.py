@@ -3,10 +3,12 @@
 A plain text is cut between two lines.
 """
 
-from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from itertools import chain
 from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from qlora_core.data.conversation import Conversation, Message
 from qlora_core.data.reasons import RowProblem
@@ -37,10 +39,12 @@ class Shortener:
         if self._policy not in ("truncate", "split"):
             return []
         system, exchanges = _lines(conversation) if conversation.plain else _exchanges(conversation.messages)
+        sizes = self._sizes(exchanges)
         parts: list[Part] = []
         start = 0
         while start < len(exchanges) and not (parts and self._policy == "truncate"):
-            longest = self._longest(conversation, system, exchanges[start:])
+            guess = int(np.searchsorted(sizes, sizes[start] + self.limit, side="right")) - 1 - start
+            longest = self._longest(conversation, system, exchanges, start, guess)
             if longest is None and self._policy == "truncate":
                 break
             parts += [longest[1]] if longest else []
@@ -53,19 +57,35 @@ class Shortener:
         ids = self._tokenize([Rendered(prompt.prompt, ())])[0].ids
         return prompt._replace(prompt_ids=ids.tolist())
 
-    def _longest(
-        self, conversation: Conversation, system: list[Message], exchanges: list[list[Message]]
-    ) -> tuple[int, Part] | None:
-        """The most exchanges from the start that fit, and how many they are."""
+    def _sizes(self, exchanges: list[list[Message]]) -> NDArray[np.int64]:
+        """About how many tokens stand before each exchange, `[exchanges + 1]`: of their words, without the template."""
+        texts = ["".join(message.content for message in exchange) for exchange in exchanges]
+        counts = [len(tokens.ids) for tokens in self._tokenize([Rendered(text, ()) for text in texts])]
+        return np.cumsum([0, *counts], dtype=np.int64)
 
-        def part(count: int) -> Part | None:
-            messages = (*system, *chain.from_iterable(exchanges[:count]))
+    def _longest(
+        self,
+        conversation: Conversation,
+        system: list[Message],
+        exchanges: list[list[Message]],
+        start: int,
+        guess: int,
+    ) -> tuple[int, Part] | None:
+        """The most exchanges from `start` that fit, and how many they are; `guess` may be a wrong number of them."""
+        fitting: dict[int, Part] = {}
+
+        def fits(count: int) -> bool:
+            messages = (*system, *chain.from_iterable(exchanges[start : start + count]))
             if conversation.plain:
                 messages = (Message("assistant", "".join(line.content for line in messages)),)
-            return self._part(conversation._replace(messages=messages))
+            part = self._part(conversation._replace(messages=messages))
+            if part is None or len(part.tokens.ids) > self.limit:
+                return False
+            fitting[count] = part
+            return True
 
-        count = bisect_left(range(1, len(exchanges) + 1), True, key=lambda at: _too_long(part(at), self.limit))
-        found = part(count) if count else None
+        count = most_that_fit(fits, guess, len(exchanges) - start)
+        found = fitting.get(count)
         return None if found is None or not found.rendered.spans else (count, found)
 
     def _part(self, conversation: Conversation) -> Part | None:
@@ -76,8 +96,22 @@ class Shortener:
         return Part(conversation, rendered, self._tokenize([rendered])[0])
 
 
-def _too_long(part: Part | None, limit: int) -> bool:
-    return part is None or len(part.tokens.ids) > limit
+def most_that_fit(fits: Callable[[int], bool], guess: int, most: int) -> int:
+    """The largest number from 1 to `most` that fits, 0 if none does, where no number above one that does not fit fits.
+
+    Steps away from the guess double, so that a good guess takes few tries, of numbers near it.
+    """
+    low, high, step = 0, most + 1, 1  # 0 fits, as it were, and more than there are does not
+    at = min(max(guess, 1), most)
+    while high - low > 1:
+        if fits(at):
+            low, at = at, at + step
+        else:
+            high, at = at, at - step
+        if not low < at < high or (low > 0 and high <= most):  # found from both sides
+            at = (low + high) // 2
+        step *= 2
+    return low
 
 
 def _lines(text: Conversation) -> tuple[list[Message], list[list[Message]]]:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast
 
+from qlora_core.modeling.context import context_tokens
 from qlora_core.recipe import Generation
 
 _MARK = "mark-of-the-answer"
@@ -32,20 +33,28 @@ def generate(
 ) -> list[Answer]:
     """Greedy continuation of each prompt (token ids), in the order given.
 
-    A row ends at a token of `stop_ids`, after `generation.max_new_tokens`, or where the model's context ends.
+    A row ends at a token of `stop_ids`, after `generation.max_new_tokens`, or where the model's context ends; one whose
+    prompt fills that already gets an empty answer.
     """
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    answers: dict[int, Answer] = {}
+    fitting = [index for index, prompt in enumerate(prompts) if has_room(model, prompt)]
+    order = sorted(fitting, key=lambda index: len(prompts[index]), reverse=True)
+    answers = dict.fromkeys(range(len(prompts)), Answer([], stopped=False))
     for start in range(0, len(order), generation.batch_size):
         members = order[start : start + generation.batch_size]
 
-        def ended(rows: int, before: int = len(answers)) -> None:
+        def ended(rows: int, before: int = start) -> None:
             progress(before + rows)
 
         batch = _generate_batch(model, [prompts[i] for i in members], stop_ids, generation.max_new_tokens, ended)
         answers.update(zip(members, batch, strict=True))
-        progress(len(answers))
+        progress(start + len(members))
     return [answers[index] for index in range(len(prompts))]
+
+
+def has_room(model: PreTrainedModel, prompt: Sequence[int]) -> bool:
+    """Whether the model's context holds the prompt and at least one token more."""
+    context = context_tokens(model.config)
+    return context is None or len(prompt) < context
 
 
 def end_of_turn_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> frozenset[int]:
@@ -78,7 +87,9 @@ def _generate_batch(
     positions = (attention.cumsum(1) - 1).clamp(min=0)
     cache = DynamicCache(config=model.config)
     alive, said, stopped = list(range(len(prompts))), [list[int]() for _ in prompts], set[int]()
-    for _ in range(min(max_new_tokens, model.config.max_position_embeddings - ids.shape[1])):
+    context = context_tokens(model.config)
+    room = [max_new_tokens if context is None else min(max_new_tokens, context - len(prompt)) for prompt in prompts]
+    for _ in range(max(room)):
         output = model(
             input_ids=ids,
             attention_mask=attention,
@@ -94,7 +105,8 @@ def _generate_batch(
                 stopped.add(row)
             else:
                 said[row].append(token)
-                going_on.append(at)
+                if len(said[row]) < room[row]:  # its own: padding takes none of a row's context
+                    going_on.append(at)
         if not going_on:
             break
         if len(going_on) < len(alive):
@@ -102,7 +114,7 @@ def _generate_batch(
             cache.batch_select_indices(keep)
             chosen, attention, positions = chosen[keep], attention[keep], positions[keep]
             alive = [alive[at] for at in going_on]
-            ended(len(stopped))
+            ended(len(prompts) - len(alive))
         ids, positions = chosen[:, None], positions[:, -1:] + 1
         attention = torch.nn.functional.pad(attention, (0, 1), value=1)
     return [Answer(tokens, row in stopped) for row, tokens in enumerate(said)]

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from qlora_core.artifacts import ModelScores, PreparedDataset, Record, Scores
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.choice import choose
-from qlora_core.evaluation.generation import Answer, end_of_turn_ids, generate
+from qlora_core.evaluation.generation import Answer, end_of_turn_ids, generate, has_room
 from qlora_core.evaluation.likelihood import row_losses
 from qlora_core.evaluation.metrics import Need, find_metrics, make_scorer
 from qlora_core.evaluation.records import AnswerScorer, EvaluationSpec
 from qlora_core.evaluation.scored import RowLoss, Rows, ScoredAnswer, row_sums, write_rows
-from qlora_core.events import Progress, Report
+from qlora_core.events import Note, Progress, Report
+from qlora_core.modeling.context import context_tokens
 from qlora_core.modeling.device import pick_device
 from qlora_core.modeling.load import load_full
 from qlora_core.modeling.rows import PromptRow, TokenRow, TokenRows, read_prompts
@@ -132,6 +133,15 @@ def _losses(subject: Subject, rows: Sequence[TokenRow], what: str) -> tuple[RowL
 
 def _answer(subject: Subject, prompts: Sequence[PromptRow], generation: Generation) -> tuple[list[Answer], float]:
     """The answers, and how many tokens a second were generated."""
+    full = sum(not has_room(subject.model, prompt.prompt_ids) for prompt in prompts)
+    if full:
+        subject.report(
+            Note(
+                message=f"{full} of {len(prompts)} prompts fill the model's context of "
+                f"{context_tokens(subject.model.config):,} tokens; their answers are empty and count as wrong. Lower "
+                "data.seq_len_tokens, or shorten these rows"
+            )
+        )
     stop_ids = end_of_turn_ids(subject.model, subject.tokenizer)
     progress = _progress(subject.report, "answers", len(prompts))
     start = time.perf_counter()

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, G
 from qlora_core.artifacts import Architecture, ModelSnapshot
 from qlora_core.errors import SourceError, refusing
 from qlora_core.modeling.bases import GPTQ_BACKEND, require_kernels
+from qlora_core.modeling.context import context_tokens
 from qlora_core.modeling.device import compute_dtype
 from qlora_core.modeling.lora import IN_BLOCK
 from qlora_core.modeling.remote_code import may_run_code, needs_code
@@ -108,8 +109,9 @@ def read_architecture(path: Path) -> Architecture:
                 intermediate=config.intermediate_size,
                 heads=config.num_attention_heads,
                 kv_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+                head_dim=getattr(config, "head_dim", None),
                 vocab=config.vocab_size,
-                context_tokens=config.max_position_embeddings,
+                context_tokens=context_tokens(config),
                 parameters=count_parameters(path),
                 tied_embeddings=bool(getattr(config, "tie_word_embeddings", False)),
             )

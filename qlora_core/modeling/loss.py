@@ -19,17 +19,13 @@ class Batch(NamedTuple):
     input_ids: torch.Tensor
     attention_mask: torch.Tensor
     loss_mask: torch.Tensor
-    position_ids: torch.Tensor | None = None
-    """For packed rows, whose positions start again inside the batch's rows."""
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on a device."""
-        positions = self.position_ids
         return Batch(
             self.input_ids.to(device, non_blocking=True),
             self.attention_mask.to(device, non_blocking=True),
             self.loss_mask.to(device, non_blocking=True),
-            None if positions is None else positions.to(device, non_blocking=True),
         )
 
 
@@ -52,29 +48,6 @@ def collate(rows: Sequence[TokenRow], pad_id: int) -> Batch:
     return Batch(torch.from_numpy(ids), torch.from_numpy(attention), torch.from_numpy(loss).bool())
 
 
-def collate_packed(packs: Sequence[Sequence[TokenRow]], capacity: int, pad_id: int) -> Batch:
-    """Rows one after another in each pack, `[packs, capacity]`; positions start again with each row.
-
-    The attention mask is `[packs, 1, capacity, capacity]`, True where a token may look: at itself and what stands
-    before it in its own row. Padding looks at itself alone, so that no softmax is over nothing.
-    """
-    ids = np.full((len(packs), capacity), pad_id, dtype=np.int64)
-    positions, loss = np.zeros((2, len(packs), capacity), dtype=np.int64)
-    owners = np.tile(-1 - np.arange(capacity), (len(packs), 1))  # a token of padding belongs to nobody else
-    for at, rows in enumerate(packs):
-        start = 0
-        for number, row in enumerate(rows):
-            end = start + len(row.input_ids)
-            ids[at, start:end], loss[at, start:end] = row.input_ids, row.loss_mask
-            positions[at, start:end], owners[at, start:end] = np.arange(end - start), number
-            loss[at, start] = 0  # nothing in its own row predicts it
-            start = end
-    owner = torch.from_numpy(owners)
-    own = owner[:, None, :, None] == owner[:, None, None, :]
-    causal = torch.ones(capacity, capacity, dtype=torch.bool).tril()
-    return Batch(torch.from_numpy(ids), own & causal, torch.from_numpy(loss).bool(), torch.from_numpy(positions))
-
-
 def token_loss(model: PreTrainedModel, batch: Batch) -> TokenLoss:
     """Cross entropy, in fp32, of the tokens whose mask is set, each predicted from those before it.
 
@@ -82,12 +55,7 @@ def token_loss(model: PreTrainedModel, batch: Batch) -> TokenLoss:
     `[rows, tokens, vocabulary]`.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    hidden = decoder(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        use_cache=False,
-    )[0]
+    hidden = decoder(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)[0]
     predicts = batch.loss_mask[:, 1:]
     states, targets = hidden[:, :-1][predicts], batch.input_ids[:, 1:][predicts]
     loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)

@@ -11,6 +11,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -55,7 +56,10 @@ class PromptRow(NamedTuple):
 
 
 class TokenRows(Sequence[TokenRow]):
-    """Random access to a file of token rows; memory holds the pages that are looked at."""
+    """Random access to a file of token rows; memory holds the pages that are looked at.
+
+    Counts of all rows are made once, when they are first asked for: 16 bytes a row.
+    """
 
     def __init__(self, path: Path) -> None:
         with pa.memory_map(str(path)) as file:
@@ -75,14 +79,14 @@ class TokenRows(Sequence[TokenRow]):
         span = slice(batch.offsets[at], batch.offsets[at + 1])
         return TokenRow(batch.names[at].as_py(), batch.ids[span], batch.masks[span])
 
-    @property
+    @cached_property
     def lengths(self) -> NDArray[np.int64]:
-        """Tokens of each row, shape `[rows]`."""
+        """Tokens of each row, shape `[rows]`; read-only."""
         return _concatenated([np.diff(batch.offsets) for batch in self._batches])
 
-    @property
+    @cached_property
     def trained_tokens(self) -> NDArray[np.int64]:
-        """Tokens that carry loss in each row, shape `[rows]`; the first token of a row is never predicted."""
+        """Tokens that carry loss in each row, `[rows]`, read-only; the first token of a row is never predicted."""
         sums = ((np.cumsum(batch.masks, dtype=np.int64), batch.offsets) for batch in self._batches)
         return _concatenated([np.diff(np.concatenate([[0], total])[offsets]) for total, offsets in sums])
 
@@ -102,7 +106,9 @@ class _Columns(NamedTuple):
 
 
 def _concatenated(parts: Sequence[NDArray[np.integer[Any]]]) -> NDArray[np.int64]:
-    return np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64)
+    whole = np.concatenate([np.zeros(0, np.int64), *parts], dtype=np.int64)
+    whole.flags.writeable = False
+    return whole
 
 
 @contextmanager
@@ -126,13 +132,6 @@ def write_token_rows(path: Path, rows: Iterable[TokenRow]) -> None:
     """Write rows in the order given."""
     with token_row_writer(path) as write:
         for batch in _batches(rows):
-            write(batch)
-
-
-def write_prompts(path: Path, prompts: Iterable[PromptRow]) -> None:
-    """Write prompts in the order given."""
-    with prompt_writer(path) as write:
-        for batch in _batches(prompts):
             write(batch)
 
 

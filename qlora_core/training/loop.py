@@ -1,6 +1,7 @@
 """All optimizer steps of a run, with what happens between them: metrics, evaluation, checkpoints, and when to stop."""
 
 import time
+from collections.abc import Iterator, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from qlora_core.errors import TrainingError
 from qlora_core.events import Metrics, Note, Progress, Report
 from qlora_core.modeling.rows import TokenRows
 from qlora_core.training import checkpoint
@@ -20,7 +22,7 @@ from qlora_core.training.plan import plan_steps, share_of
 from qlora_core.training.schedule import learning_rate
 from qlora_core.training.spec import TrainSpec
 from qlora_core.training.step import BatchMaker, Parallel, Share, seed_step, train_step
-from qlora_core.training.stopping import EVALUATION_LOSS, best_evaluation, is_exhausted
+from qlora_core.training.stopping import EVALUATION_LOSS, best_step, is_exhausted
 from qlora_core.training.throughput import peak_memory_gib, step_operations
 from qlora_core.training.watch import refuse_divergence, refuse_spike, steps_in_spike
 
@@ -110,15 +112,33 @@ class Loop:
             set_learning_rate(parallel.optimizer, learning_rate(step, len(self.work.steps), self.recipe))
         rate = float(parallel.optimizer.param_groups[0]["lr"])
         seed_step(self.spec.seed, step, parallel.rank)
-        shares = self._shares(self.work.rows, chosen)
+        shares = list(self._shares(self.work.rows, self._split(self.work.rows, chosen)))
         try:
             values = train_step(parallel, shares, int(self.work.rows.trained_tokens[chosen].sum()))
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if not parallel.can_repeat or not self.batches.shrink():
-                raise
+                raise self._out_of_memory(step) from error
         else:
             return Pending(step, rate, Later(values))
         return self._again_with_less(step)
+
+    def _out_of_memory(self, step: int) -> TrainingError:
+        """Why the run ends, and what can be set."""
+        recipe = self.recipe
+        alone = (
+            "passes cannot get smaller"
+            if self.parallel.can_repeat
+            else (
+                f"{self.parallel.processes} processes train together under `strategy: {recipe.strategy}`, where one "
+                "cannot repeat a step alone"
+            )
+        )
+        return TrainingError(
+            f"step {step} ran out of memory in process {self.parallel.rank} on {self.parallel.device}, and {alone}. "
+            f"The last checkpoint is kept. Set train.activation_memory to small (it is {recipe.activation_memory}), "
+            f"train.micro_batch_size to 1 (it is {recipe.micro_batch_size}), or data.seq_len_tokens lower; see that "
+            "nothing else uses the GPU; or divide the model among GPUs with train.strategy zero3"
+        )
 
     def _again_with_less(self, step: int) -> Pending:
         """The step once more after a pass ran out of memory; nothing of the first attempt is left."""
@@ -126,20 +146,20 @@ class Loop:
             if parameter.grad is not None:
                 parameter.grad.zero_()
         torch.cuda.empty_cache()
-        self.report(Note(message=f"step {step} ran out of memory; it is repeated in passes of half the size"))
+        self.report(Note(message=f"step {step} ran out of memory; it is repeated with less"))
         return self._step(step)
 
-    def _shares(self, rows: TokenRows, chosen: NDArray[np.int64]) -> list[Share]:
-        """This process's forward passes over some rows."""
-        mine = share_of(
-            self.batches.split(chosen, rows.lengths, self.parallel.processes),
-            self.parallel.rank,
-            self.parallel.processes,
-        )
-        return [
-            Share(self.batches.collate([rows[int(i)] for i in (part if len(part) else [0])]), counts=len(part) > 0)
-            for part in mine
-        ]
+    def _split(self, rows: TokenRows, chosen: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Row numbers of this process's forward passes over some rows."""
+        parallel = self.parallel
+        passes = self.batches.split(chosen, rows.lengths, parallel.processes)
+        return share_of(passes, parallel.rank, parallel.processes)
+
+    def _shares(self, rows: TokenRows, passes: Sequence[NDArray[np.int64]]) -> Iterator[Share]:
+        """Passes as tensors, each made when it is asked for."""
+        for part in passes:
+            numbers = part if len(part) else [0]
+            yield Share(self.batches.collate([rows[int(i)] for i in numbers]), counts=len(part) > 0)
 
     def _settle(self, pending: Pending) -> None:
         """Read what a step gave, one step later, and report it."""
@@ -192,16 +212,18 @@ class Loop:
         total = torch.zeros((), device=self.parallel.device, dtype=torch.float64)
         module.eval()
         with torch.no_grad():
-            shares = self._shares(rows, np.arange(len(rows)))
-            for number, share in enumerate(shares):
+            passes = self._split(rows, np.arange(len(rows)))
+            for number, share in enumerate(self._shares(rows, passes), 1):
                 total += module(share.batch.to(self.parallel.device)).double() * float(share.counts)
-                self.report(Progress(what="evaluation loss", done=number + 1, total=len(shares), unit="batches"))
+                self.report(Progress(what="evaluation loss", done=number, total=len(passes), unit="batches"))
         module.train()
         return float(self.parallel.sum(total)) / int(rows.trained_tokens.sum())
 
     def _is_exhausted(self) -> bool:
         limits = self.recipe.early_stopping
-        if limits is None or not is_exhausted(self.history, limits):
+        if limits is None or not self.history or EVALUATION_LOSS not in self.history[-1].values:
+            return False  # only an evaluation can end it, and looking at all of them each step takes ever longer
+        if not is_exhausted(self.history, limits):
             return False
         self.report(Note(message=f"stopped after step {self.history[-1].step}: the evaluation loss no longer falls"))
         return True
@@ -214,8 +236,7 @@ class Loop:
         return self._evaluates_after(step) or step % self.recipe.checkpoint_every_steps == 0
 
     def _save_if_due(self, step: int) -> None:
-        best = self.recipe.keep_best and EVALUATION_LOSS in self.history[-1].values
-        best = best and best_evaluation(self.history)[0] == step
+        best = self.recipe.keep_best and best_step(self.history) == step
         due = step % self.recipe.checkpoint_every_steps == 0
         if due and self.recipe.loss_spike is not None and steps_in_spike(self.history, self.recipe.loss_spike):
             self.report(Note(message=f"no checkpoint after step {step}: the loss has jumped and is being watched"))
@@ -223,8 +244,11 @@ class Loop:
         if not (best or due):
             return
         tensors = self.parallel.state(self.parameters)
-        if self.parallel.rank == 0 and due:
+        if self.parallel.rank != 0:
+            return
+        if best:  # first, as a checkpoint is not whole without it
+            checkpoint.save_best(self.checkpoints, step, tensors)
+        if due:
             write_history(self.spec.into, self.history)
             checkpoint.save(self.checkpoints, step, tensors, self.recipe.keep_checkpoints)
-        if self.parallel.rank == 0 and best:
-            checkpoint.save_best(self.checkpoints, tensors)
+        checkpoint.prune_best(self.checkpoints, self.history)

@@ -22,6 +22,8 @@ from qlora_core.training.step import LossModule
 
 USABLE = 0.9
 """Share of free memory that is planned with; the rest is for fragmentation and for what others take."""
+GRAPHS = (1 - USABLE) / 2
+"""Share of free memory that recorded passes may take beside that of a pass: half of what is not planned with."""
 
 
 def begin_compiling(base: ModelSnapshot, dtype: torch.dtype) -> None:
@@ -66,14 +68,19 @@ def _fused(model: PeftModel, spec: TrainSpec, rows: TokenRows, dtype: torch.dtyp
     longest, mean = int(rows.lengths.max()), float(rows.lengths.mean())
     step_tokens = round(mean * recipe.effective_batch_rows / _processes())
     base = spec.base
+    shape = shape_of(model.get_base_model().config)
+    facts = base.architecture.model_copy(update={"head_dim": shape.head_width})  # older versions did not store it
     plan = plan_memory(
-        base.architecture, recipe, longest, step_tokens, available, dtype.itemsize, quantization=base.quantization
+        facts, recipe, longest, step_tokens, available, dtype.itemsize, base.quantization, device.type == "cuda"
     )
     engine = Engine(model, dtype, plan.activation_memory)
     spare_bytes = (available - plan.estimate.total_gib) * USABLE * GIB
     kept = engine.keep_weights(max(0, int(min(spare_bytes, 2**62))), apart=device.type == "cpu")
-    report(Note(message=_describe(plan, kept, len(engine.groups()))))
-    return FusedLoss(model, engine, recipe.neftune_alpha, recipe.micro_batch_size, plan.capacity_tokens, report)
+    graph_bytes = int(available / USABLE * GRAPHS * GIB) if device.type == "cuda" else 0
+    report(Note(message=_describe(plan, kept, len(engine.groups()), graph_bytes)))
+    return FusedLoss(
+        model, engine, recipe.neftune_alpha, recipe.micro_batch_size, plan.capacity_tokens, report, graph_bytes
+    )
 
 
 def _processes() -> int:
@@ -108,9 +115,10 @@ def _quack_form(config: PretrainedConfig, dtype: torch.dtype) -> tuple[str, ...]
     return quack.form(dtype, config.hidden_size, config.vocab_size)
 
 
-def _describe(plan: MemoryPlan, kept: int, groups: int) -> str:
+def _describe(plan: MemoryPlan, kept: int, groups: int, graph_bytes: int) -> str:
     weights = f", {kept} of {groups} weight groups stay dequantized" if kept else ""
+    graphs = f", recorded passes take up to {graph_bytes / GIB:.1f} GiB beside it" if graph_bytes else ""
     return (
         f"fused engine: activation memory {plan.activation_memory}, up to {plan.capacity_tokens:,} tokens a pass, "
-        f"about {plan.estimate.total_gib:.1f} GiB at the peak{weights}"
+        f"about {plan.estimate.total_gib:.1f} GiB at the peak{weights}{graphs}"
     )

@@ -5,6 +5,15 @@ from typing import Literal
 
 from qlora_core.artifacts import Architecture, Record
 from qlora_core.recipe import TrainRecipe
+from qlora_core.training.pass_memory import (
+    PRODUCT_WORKSPACES,
+    WORKSPACE_BYTES,
+    ActivationMemory,
+    PassShape,
+    pass_memory,
+    resident_bytes,
+    rest_behind,
+)
 
 GIB = 2**30
 NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
@@ -12,17 +21,12 @@ NF4_BYTES = 0.5 + (1 + 4 / 256) / 64
 FP32_SCALES_BYTES = 0.5 + 4 / 64
 GPTQ_BYTES = {"gptq-int4": 0.5 + (2 + 1 / 2) / 128, "gptq-int8": 1 + (2 + 1) / 128}
 """4 or 8 bits, and for each 128 weights a scale in 16 bits and a zero."""
-MASTER_BYTES = 4 + 4 + 2
-"""An adapter parameter: fp32 value and gradient, and a 16-bit copy to compute with."""
+MASTER_BYTES = 4 + 4
+"""An adapter parameter: value and gradient in fp32; a copy to compute with comes on top."""
 OPTIMIZER_BYTES = {"adamw": 8, "adamw_8bit": 2, "paged_adamw_32bit": 8, "paged_adamw_8bit": 2}
-LOGIT_BYTES = 640 * 2**20
-"""Logits that exist at a time: half as many make a 1.5B model's step 0.7 % slower, more do not make it faster."""
-ON_THE_WAY = 4
-"""Blocks whose kept tensors are on the device at once when the rest is in host memory."""
 MICRO_BATCH_TOKENS = 16_384
 """More in one pass is no faster on any GPU of today."""
 
-ActivationMemory = Literal["fast", "balanced", "small"]
 POLICIES: tuple[ActivationMemory, ...] = ("fast", "balanced", "small")
 
 
@@ -55,8 +59,9 @@ def estimate(
     activation_memory: ActivationMemory,
     bytes_per_value: int = 2,
     quantization: str | None = None,
+    on_gpu: bool = True,
 ) -> MemoryEstimate:
-    """Peak memory of one process.
+    """Peak memory of one process: a pass that follows an optimizer step, when the optimizer has its state.
 
     Args:
         facts: the base model's shapes.
@@ -65,17 +70,29 @@ def estimate(
         activation_memory: what is kept between forward and backward.
         bytes_per_value: 2 for bf16 and fp16, 4 for fp32.
         quantization: of the base as stored; without one the recipe's is made while loading.
+        on_gpu: `small` then keeps in host memory what it computes again on a CPU, and cuBLAS has its workspaces.
     """
     embeddings = facts.vocab * facts.hidden * (1 if facts.tied_embeddings else 2)
     linears = max(0, facts.parameters - embeddings)
     made_bytes = NF4_BYTES if recipe.quantization.double else FP32_SCALES_BYTES
     quantized_bytes = GPTQ_BYTES.get(quantization or "", made_bytes)
-    per_parameter = MASTER_BYTES + OPTIMIZER_BYTES[recipe.optimizer]
+    per_parameter = MASTER_BYTES + bytes_per_value + OPTIMIZER_BYTES[recipe.optimizer]
+    dropout = recipe.lora.dropout > 0
+    memory = pass_memory(
+        PassShape(facts, tokens, recipe.lora.rank, bytes_per_value, dropout, on_gpu), activation_memory
+    )
+    noise = 2 * tokens * facts.hidden * bytes_per_value if recipe.neftune_alpha else 0  # also what is recorded reads it
+    workspaces = PRODUCT_WORKSPACES * WORKSPACE_BYTES if on_gpu else 0
     return MemoryEstimate(
-        weights_gib=(linears * quantized_bytes + embeddings * bytes_per_value) / GIB,
+        weights_gib=(
+            linears * quantized_bytes
+            + embeddings * bytes_per_value
+            + _allocator_rests(facts, quantized_bytes, bytes_per_value)
+        )
+        / GIB,
         adapter_gib=adapter_parameters(facts, recipe.lora.rank) * per_parameter / GIB,
-        activations_gib=_kept_bytes(facts, tokens, activation_memory, bytes_per_value) / GIB,
-        workspace_gib=_workspace_bytes(facts, tokens, activation_memory, bytes_per_value) / GIB,
+        activations_gib=memory.kept / GIB,
+        workspace_gib=(memory.passing + noise + workspaces) / GIB,
     )
 
 
@@ -87,6 +104,7 @@ def plan_memory(
     available_gib: float,
     bytes_per_value: int = 2,
     quantization: str | None = None,
+    on_gpu: bool = True,
 ) -> MemoryPlan:
     """The fastest way of keeping activations, and the largest pass, that fit.
 
@@ -98,6 +116,7 @@ def plan_memory(
         available_gib: for everything.
         bytes_per_value: 2 for bf16, 4 for fp32.
         quantization: of the base as stored.
+        on_gpu: see `estimate`.
     """
     wanted = max(longest_row_tokens, min(step_tokens, MICRO_BATCH_TOKENS))
     chosen: ActivationMemory | Literal["auto"] = recipe.activation_memory
@@ -105,10 +124,10 @@ def plan_memory(
     enough = max(longest_row_tokens, wanted // 4)
     for policy in policies:
         for capacity in _falling(wanted, enough):
-            need = estimate(facts, recipe, capacity, policy, bytes_per_value, quantization)
+            need = estimate(facts, recipe, capacity, policy, bytes_per_value, quantization, on_gpu)
             if need.total_gib <= available_gib:
                 return MemoryPlan(activation_memory=policy, capacity_tokens=capacity, estimate=need)
-    need = estimate(facts, recipe, longest_row_tokens, policies[-1], bytes_per_value, quantization)
+    need = estimate(facts, recipe, longest_row_tokens, policies[-1], bytes_per_value, quantization, on_gpu)
     return MemoryPlan(activation_memory=policies[-1], capacity_tokens=longest_row_tokens, estimate=need)
 
 
@@ -120,34 +139,25 @@ def _falling(most: int, least: int) -> Iterator[int]:
     yield least
 
 
+def _allocator_rests(facts: Architecture, quantized_bytes: float, bytes_per_value: int) -> int:
+    """What the allocator gives to weights beyond their size: packed values and scales are tensors of their own."""
+    whole_bytes = int(quantized_bytes) or 0.5  # of a packed value, without its scale
+    embedding = facts.vocab * facts.hidden * bytes_per_value
+    rests = (resident_bytes(embedding) - embedding) * (1 if facts.tied_embeddings else 2)
+    for inputs, outputs in _linears(facts):
+        packed, scales = (round(inputs * outputs * each) for each in (whole_bytes, quantized_bytes - whole_bytes))
+        apart = sum(resident_bytes(size) - size for size in (packed, scales))
+        rests += facts.layers * max(apart, rest_behind(packed, scales))
+    return rests
+
+
+def _linears(facts: Architecture) -> list[tuple[int, int]]:
+    """Inputs and outputs of the seven linear layers of a block."""
+    queries, keys = facts.heads * facts.head_width, facts.kv_heads * facts.head_width
+    attention = [(facts.hidden, queries), (queries, facts.hidden), (facts.hidden, keys), (facts.hidden, keys)]
+    return [*attention, *[(facts.hidden, facts.intermediate)] * 3]
+
+
 def adapter_parameters(facts: Architecture, rank: int) -> int:
     """Parameters of an adapter on the seven linear layers of every block."""
-    key_value = facts.hidden * facts.kv_heads // facts.heads
-    attention = [(facts.hidden, facts.hidden)] * 2 + [(facts.hidden, key_value)] * 2
-    mlp = [(facts.hidden, facts.intermediate)] * 3
-    return facts.layers * rank * sum(inputs + outputs for inputs, outputs in attention + mlp)
-
-
-def _half_block_values(facts: Architecture) -> int:
-    """Values a token and block without gate and up: the stream twice, queries, keys and values, attention's output."""
-    return 4 * facts.hidden + 2 * facts.hidden * facts.kv_heads // facts.heads
-
-
-def _kept_bytes(facts: Architecture, tokens: int, policy: ActivationMemory, bytes_per_value: int) -> int:
-    """What is kept between forward and backward."""
-    log_sums = 4 * facts.heads
-    half = tokens * (_half_block_values(facts) * bytes_per_value + log_sums)
-    if policy == "small":
-        return min(ON_THE_WAY, facts.layers) * half
-    gate_up = tokens * 2 * facts.intermediate * bytes_per_value if policy == "fast" else 0
-    return facts.layers * (half + gate_up)
-
-
-def _workspace_bytes(facts: Architecture, tokens: int, policy: ActivationMemory, bytes_per_value: int) -> int:
-    """The most that exists beside what is kept: at the head, or in the backward of an MLP."""
-    stream = tokens * facts.hidden * bytes_per_value
-    logits = min(LOGIT_BYTES, tokens * facts.vocab * bytes_per_value)
-    recomputed = 0 if policy == "fast" else 2 * facts.intermediate * tokens * bytes_per_value
-    inner = tokens * facts.intermediate * bytes_per_value
-    weight = 2 * facts.intermediate * facts.hidden * bytes_per_value
-    return max(4 * stream + logits, recomputed + inner + 2 * stream + weight)
+    return facts.layers * rank * sum(inputs + outputs for inputs, outputs in _linears(facts))

@@ -15,6 +15,9 @@ from qlora_core.training.optimizer import Parameters
 from qlora_core.training.plan import micro_batches
 from qlora_core.training.precision import autocast
 
+LARGEST_SEED = 2**64 - 1
+"""What torch takes. Larger products of seed, step and rank are reduced to it; smaller ones stay what they were."""
+
 
 class LossModule(torch.nn.Module):
     """The adapted model as a function from a batch to the sum of its trained tokens' losses.
@@ -133,4 +136,4 @@ def train_step(parallel: Parallel, shares: Sequence[Share], trained_tokens: int)
 
 def seed_step(seed: int, step: int, rank: int) -> None:
     """Give a step its own random numbers, so that a resumed run draws what an uninterrupted one would have."""
-    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + rank)
+    torch.manual_seed(((seed * 1_000_003 + step) * 65_537 + rank) & LARGEST_SEED)

@@ -22,6 +22,11 @@ def best_evaluation(history: Sequence[Metrics]) -> tuple[int, float]:
     return min(evaluations(history), key=lambda pair: pair[1])
 
 
+def best_step(history: Sequence[Metrics]) -> int | None:
+    """Step of the lowest evaluation loss, None before the first evaluation."""
+    return best_evaluation(history)[0] if evaluations(history) else None
+
+
 def is_exhausted(history: Sequence[Metrics], limits: EarlyStopping) -> bool:
     """Whether the newest `patience` evaluations brought no improvement."""
     lowest, without = float("inf"), 0

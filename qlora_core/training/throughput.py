@@ -37,7 +37,7 @@ def step_operations(model: Architecture, adapter_parameters: int, lengths: Seque
     head = model.vocab * model.hidden
     blocks = max(0, model.parameters - head * (1 if model.tied_embeddings else 2))
     tokens = sum(lengths)
-    attention = 6 * model.layers * model.hidden * sum(length**2 for length in lengths)
+    attention = 6 * model.layers * model.heads * model.head_width * sum(length**2 for length in lengths)
     return 4 * blocks * tokens + 6 * adapter_parameters * tokens + 4 * head * trained_tokens + attention
 
 

@@ -44,7 +44,7 @@ def train_in(dtype: torch.dtype, peak: float, spec: TrainSpec, device: torch.dev
     report(Note(message=_place(device, dtype, accelerator.num_processes, peak)))
     report(Note(message=f"{spec.base.source} in {kernel_of(model)} layers"))
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    saved = checkpoint.newest(spec.into / "checkpoints", report)
+    saved = checkpoint.newest(spec.into / "checkpoints", report, spec.recipe.keep_best)
     if saved.step:
         checkpoint.fill_weights(saved.tensors, parameters)
     work = plan_work(spec)
@@ -62,7 +62,7 @@ def train_in(dtype: torch.dtype, peak: float, spec: TrainSpec, device: torch.dev
     report(Note(message=_peaks(parallel)))
     if accelerator.is_main_process:
         if kept != history[-1].step:
-            weights = checkpoint.load_best(spec.into / "checkpoints")
+            weights = checkpoint.load_best(spec.into / "checkpoints", kept)
         _save_adapter(model, weights, spec)
         plot_history(history, spec.into)
     accelerator.wait_for_everyone()

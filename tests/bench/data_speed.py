@@ -71,6 +71,7 @@ def ours(rows: Path, tokenizer: Path, folder: Path) -> Iterator[int]:
     load_tokenizer(tokenizer)  # what it imports; inside the time it is loaded once more
 
     facts: dict[str, Any] = dict.fromkeys(set(Architecture.model_fields) - {"model_type", "tied_embeddings"}, 1)
+    facts["context_tokens"] = None
     architecture = Architecture(model_type="llama", tied_embeddings=True, **facts)
     base = ModelSnapshot(path=tokenizer, source="", revision="", architecture=architecture)
     raw = DataSnapshot(path=rows.parent, rows=(DataFile(name=rows.name, source="", bytes=rows.stat().st_size),))

@@ -14,7 +14,7 @@ from qlora_core.recipe.sources import LocalRows
 from qlora_core.training.spec import TrainSpec
 from qlora_core.training.worker import run
 from tests.quantized import quantize_like_auto_gptq
-from tests.tiny import COLOURS, THINGS, write_model
+from tests.tiny import COLOURS, CONTEXT_TOKENS, THINGS, write_model
 
 PAIRS = [(f"Paint the {thing} {colour}.", f"The {thing} is {colour}.") for colour in COLOURS for thing in THINGS]
 ROWS = {
@@ -74,6 +74,7 @@ def rows_for(recipe: Recipe, folder: Path) -> tuple[DataRecipe, DataSnapshot]:
     if recipe.data.tool_calls is not None:  # these rows call no tools
         swapped |= {"tool_calls": None, "split": DataRecipe.model_fields["split"].default}
     files = (DataFile(name=file.name, source="tiny", bytes=file.stat().st_size),)
+    swapped["seq_len_tokens"] = min(recipe.data.seq_len_tokens, CONTEXT_TOKENS)
     return recipe.data.model_copy(update=swapped), DataSnapshot(path=file.parent, rows=files)
 
 

@@ -20,10 +20,8 @@ from qlora_core.training.engine.offload import HostMemory
 from qlora_core.training.engine.operands import Behind
 from qlora_core.training.engine.pack import Pack
 from qlora_core.training.engine.quack import Quack
-from qlora_core.training.memory import LOGIT_BYTES, ActivationMemory
+from qlora_core.training.pass_memory import ActivationMemory, logit_rows
 
-TILE_ROWS = 256
-"""Of the largest tiles of matrix products."""
 NEAR_THE_END = 2
 """Blocks at the end of the forward that keep everything, because their backward comes at once."""
 
@@ -259,8 +257,7 @@ class Engine:
     def _head_loss(self, states: torch.Tensor, pack: Pack) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum of losses, and the gradient of `states`; the head runs in chunks, and only where it predicts."""
         picked = states[pack.predicts]
-        chunk = LOGIT_BYTES // (len(self._head) * self._head.element_size())
-        chunk = max(64, chunk // TILE_ROWS * TILE_ROWS)
+        chunk = logit_rows(len(self._head), self._head.element_size())
         loss = torch.zeros((), dtype=torch.float32, device=states.device)
         for start in range(0, len(picked), chunk):
             part = picked[start : start + chunk]

@@ -15,9 +15,10 @@ from torch.nn import functional
 from qlora_core.errors import TrainingError
 from qlora_core.training.engine.adapter import FlatAdapter, Pair
 from qlora_core.training.engine.operands import Behind, Lift, Masks
-from qlora_core.training.engine.ops import LARGEST_FUSED_RANK, add_product, both_sides, dropped_low, low_backward
+from qlora_core.training.engine.ops import add_product, both_sides, dropped_low, low_backward
 from qlora_core.training.engine.quack import Quack
 from qlora_core.training.engine.weights import Weight, weight_of
+from qlora_core.training.pass_memory import LARGEST_FUSED_RANK
 
 
 class Part(NamedTuple):

@@ -31,11 +31,13 @@ class FusedLoss(torch.nn.Module):
         micro_batch_size: int | str,
         capacity_tokens: int,
         report: Report,
+        graph_bytes: int = 0,
     ) -> None:
+        """`graph_bytes` is what recorded passes may take beside the memory of one pass."""
         super().__init__()
         self.model, self.engine = model, engine
         self._micro_batch_size, self.capacity_tokens = micro_batch_size, capacity_tokens
-        self._replayed = Replayed(engine, report)
+        self._replayed = Replayed(engine, report, graph_bytes)
         self._neftune_alpha = neftune_alpha
 
     @property
@@ -48,8 +50,9 @@ class FusedLoss(torch.nn.Module):
         return packed_micro_batches(step, lengths, self._micro_batch_size, self.capacity_tokens, processes)
 
     def shrink(self) -> bool:
-        """Give memory back: passes of half the tokens. False when they cannot get smaller."""
-        self._replayed.forget()
+        """Give memory back: recorded passes first, then by passes of half the tokens. False when nothing is left."""
+        if self._replayed.give_up():
+            return True
         if isinstance(self._micro_batch_size, int):
             self._micro_batch_size, halved = max(1, self._micro_batch_size // 2), self._micro_batch_size > 1
         else:

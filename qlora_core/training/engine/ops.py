@@ -10,9 +10,8 @@ import torch
 from torch.nn import functional
 
 from qlora_core.training.engine.operands import Behind, Lift, Masks
+from qlora_core.training.pass_memory import LARGEST_FUSED_RANK
 
-LARGEST_FUSED_RANK = 32
-"""Above it, sums of partial products would cost as much memory traffic as reading the wide matrices again."""
 Norms = tuple[torch.Tensor, torch.Tensor]
 
 

@@ -72,9 +72,9 @@ def base(chatml: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFacto
     path = tmp_path_factory.mktemp("base")
     chatml.save_pretrained(path)
     facts: dict[str, Any] = dict.fromkeys(
-        ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab", "context_tokens", "parameters"), 1
+        ("layers", "hidden", "intermediate", "heads", "kv_heads", "vocab", "parameters"), 1
     )
-    architecture = Architecture(model_type="llama", tied_embeddings=True, **facts)
+    architecture = Architecture(model_type="llama", context_tokens=2**20, tied_embeddings=True, **facts)
     return ModelSnapshot(path=path, source="test", revision="1", architecture=architecture)
 
 

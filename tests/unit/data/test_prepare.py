@@ -180,3 +180,25 @@ def test_the_page_shows_reasons_and_trained_text_and_escapes_what_rows_say(base,
     assert "<script>" not in page
     assert "<code>duplicate</code>" in page
     assert "rows.jsonl:41" in page
+
+
+def test_rows_longer_than_the_model_can_read_are_refused_with_the_length_to_set(base, tmp_path):
+    facts = base.architecture.model_copy(update={"context_tokens": 512})
+    short = base.model_copy(update={"architecture": facts})
+    raw = write_rows(tmp_path, alpaca(200))
+    with pytest.raises(DataError, match=r"data\.seq_len_tokens is 513.* at most 512.*set it to 512"):
+        run(short, raw, tmp_path / "out", seq_len_tokens=513)
+    assert run(short, raw, tmp_path / "out", seq_len_tokens=512).longest_row_tokens <= 512
+
+
+def test_a_length_that_nobody_has_set_is_lowered_to_what_the_model_can_read(base, tmp_path):
+    facts = base.architecture.model_copy(update={"context_tokens": 128})
+    short = base.model_copy(update={"architecture": facts})
+    record = run(short, write_rows(tmp_path, alpaca(60)), tmp_path / "out")
+    assert record.longest_row_tokens <= 128
+    assert record.dropped["too_long"] > 0
+
+
+def test_a_model_without_positions_reads_rows_of_any_length(base, tmp_path):
+    facts = base.architecture.model_copy(update={"context_tokens": None})
+    run(base.model_copy(update={"architecture": facts}), write_rows(tmp_path, alpaca(40)), tmp_path / "out")

@@ -2,7 +2,11 @@ import json
 
 import pytest
 
+from qlora_core.data.conversation import Conversation, Message
 from qlora_core.data.prepare import prepare
+from qlora_core.data.shorten import Shortener, most_that_fit
+from qlora_core.data.template import ChatTemplate
+from qlora_core.data.tokenize import RowTokenizer
 from qlora_core.errors import DataError
 from qlora_core.events import ignore
 from qlora_core.modeling.rows import TokenRows, read_prompts
@@ -92,3 +96,48 @@ def test_an_exchange_that_is_too_long_alone_is_dropped(run, policy: str):
     dataset = run(policy, long_answers=(21,))
     assert dataset.dropped == {"too_long": 1}
     assert dataset.longest_row_tokens <= LIMIT
+
+
+class CountingTokenizer(RowTokenizer):
+    """Adds up how many characters it is given."""
+
+    characters = 0
+
+    def __call__(self, rows):
+        self.characters += sum(len(row.text) for row in rows)
+        return super().__call__(rows)
+
+
+@pytest.mark.parametrize("plain", [True, False], ids=["text", "chat"])
+def test_splitting_reads_a_text_a_few_times_however_long_it_is(chatml, plain):
+    template = ChatTemplate(chatml)
+    read = []
+    for lines in (300, 1200) if plain else (50, 200):
+        words = [f"{'word ' * (at % 17)}{at}\n" for at in range(lines)]
+        turns = [Message(role, text) for text in words for role in ("user", "assistant")]
+        messages = (Message("assistant", "".join(words)),) if plain else tuple(turns)
+        conversation = Conversation(messages, plain=plain)
+        with CountingTokenizer(chatml) as tokenize:
+            parts = Shortener(template, tokenize, "assistant_turns", "split", LIMIT).parts(conversation)
+            read.append(tokenize.characters / sum(len(message.content) for message in messages))
+        assert len(parts) > lines / 50
+        assert max(len(part.tokens.ids) for part in parts) <= LIMIT
+    assert max(read) < 12
+    assert read[1] < 1.2 * read[0]
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 40])
+def test_the_most_that_fits_is_found_from_any_guess(most):
+    for limit in range(most + 1):
+        for guess in (0, 1, limit, limit + 1, most, 3 * most):
+            tried = []
+
+            def fits(count: int, limit: int = limit, tried: list[int] = tried) -> bool:
+                tried.append(count)
+                return count <= limit
+
+            assert most_that_fit(fits, guess, most) == limit
+            assert all(1 <= count <= most for count in tried)
+            assert len(tried) <= 14
+            if guess == limit:
+                assert len(tried) <= 2

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from qlora_core.data.fast_bpe import HARD_TEXTS, FastBpe
 from qlora_core.data.template import Rendered
-from qlora_core.data.tokenize import RowTokenizer, UnequalIdsError, tokenize
+from qlora_core.data.tokenize import COMPARED_ROWS, RowTokenizer, UnequalIdsError, tokenize
 
 
 def rendered(text: str, *cuts: int) -> Rendered:
@@ -58,3 +58,25 @@ def test_other_ids_than_the_reference_are_noticed(chatml):
     tokenizer._fast = Wrong.like(chatml)
     with pytest.raises(UnequalIdsError):
         tokenizer([rendered("Hello", 0, 5)])
+
+
+@pytest.mark.parametrize("where", [3, COMPARED_ROWS - 1, COMPARED_ROWS + 777], ids=["soon", "last", "a new script"])
+def test_one_wrong_row_among_thousands_is_noticed(chatml, where):
+    """The last one is beyond the rows that are all compared, and has the first Georgian letter."""
+    tokenizer = RowTokenizer(chatml)
+
+    class Wrong(FastBpe):
+        def encode(self, texts):
+            encoded = super().encode(texts)
+            ids = encoded.ids.copy()
+            for at, text in enumerate(texts):
+                if text.endswith("ა"):
+                    ids[encoded.counts[:at].sum()] ^= 1
+            return encoded._replace(ids=ids)
+
+    tokenizer._fast = Wrong.like(chatml)
+    rows = [rendered("ok é" if at != where else "ok ა", 0, 2) for at in range(COMPARED_ROWS + 1000)]
+    for start in range(0, where // 100 * 100, 100):
+        tokenizer(rows[start : start + 100])
+    with pytest.raises(UnequalIdsError):
+        tokenizer(rows[where // 100 * 100 :][:100])

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_core.artifacts import PreparedDataset
-from qlora_core.modeling.rows import PromptRow, TokenRow, write_prompts, write_token_rows
+from qlora_core.modeling.rows import PromptRow, TokenRow, prompt_writer, write_token_rows
 from qlora_core.modeling.tokenizer import load_tokenizer, template_digest, tokenizer_digest
 
 CHATML = (
@@ -65,7 +65,8 @@ def dataset(model_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Prepa
         prompts.append(PromptRow(f"row-{number}", prompt_ids, prompt, expected, json.dumps(messages)))
         rows.append(_row(f"row-{number}", prompt_ids + answer_ids, len(prompt_ids)))
     other = tokenizer("Rain fell on the hills all night, and by morning the river had left its bed.")["input_ids"]
-    write_prompts(folder / "prompts.arrow", prompts)
+    with prompt_writer(folder / "prompts.arrow") as write:
+        write(prompts)
     write_token_rows(folder / "evaluation.arrow", rows)
     write_token_rows(folder / "train.arrow", rows)
     write_token_rows(folder / "forgetting.arrow", [_row("other-0", other, 0), _row("other-1", other[::-1], 0)])

@@ -9,6 +9,7 @@ from qlora_core.errors import EvaluationError, RecipeError
 from qlora_core.evaluation.evaluate import KEEP, evaluate
 from qlora_core.evaluation.worker import run
 from qlora_core.events import Metrics, Note, Progress, ignore
+from qlora_core.modeling.rows import read_prompts
 from qlora_core.recipe import EvaluationRecipe, Generation
 
 RECIPE = EvaluationRecipe(metrics=("loss", "forgetting", "tool_call"), generation=Generation(max_new_tokens=8))
@@ -92,3 +93,24 @@ def test_choices_and_latency_are_scored_without_metrics_that_look_at_answers(
     assert set(scores) == {"loss", "perplexity", "token_accuracy", "choice_accuracy", "latency_s"}
     assert scores["choice_accuracy"] in {0, 0.2, 0.4, 0.6, 0.8, 1.0}
     assert 0 < scores["latency_s"] < 5
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_counted_and_said(
+    model_path: Path, dataset: PreparedDataset, tmp_path: Path
+) -> None:
+    lengths = sorted(len(prompt.prompt_ids) for prompt in read_prompts(dataset.path / "prompts.arrow"))
+    small = shutil.copytree(model_path, tmp_path / "model")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": lengths[-1]}))
+    notes: list[str] = []
+    recipe = EvaluationRecipe(metrics=("tool_call",), generation=Generation(max_new_tokens=8))
+    spec = {"recipe": recipe, "seed": 17, "model_path": small, "model_digest": "m" * 64, "dataset": dataset}
+    (tmp_path / "out").mkdir()
+    run(
+        {**spec, "into": tmp_path / "out"},
+        lambda event: notes.append(event.message) if isinstance(event, Note) else None,
+    )
+    (note,) = [note for note in notes if "context" in note]
+    assert note.startswith(
+        f"{lengths.count(lengths[-1])} of 5 prompts fill the model's context of {lengths[-1]} tokens"
+    )

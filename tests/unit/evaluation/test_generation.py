@@ -6,7 +6,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from qlora_core.artifacts import PreparedDataset
-from qlora_core.evaluation.generation import end_of_turn_ids, generate
+from qlora_core.evaluation.generation import end_of_turn_ids, generate, has_room
 from qlora_core.modeling.load import load_full
 from qlora_core.modeling.rows import read_prompts
 from qlora_core.modeling.tokenizer import load_tokenizer
@@ -120,3 +120,16 @@ def test_without_a_template_only_the_end_of_text_ends_an_answer(model: PreTraine
     tokenizer = load_tokenizer(model_path)
     tokenizer.chat_template = None
     assert end_of_turn_ids(model, tokenizer) == {tokenizer.eos_token_id}
+
+
+def test_a_prompt_that_fills_the_context_is_left_unanswered_and_takes_no_room_from_others(
+    model: PreTrainedModel, prompts: list[list[int]]
+) -> None:
+    context = model.config.max_position_embeddings
+    shorter = prompts[0]
+    almost = (shorter * context)[: context - 3]
+    asked = [(shorter * context)[:context], almost, shorter]
+    answers = generate(model, asked, frozenset(), Generation(max_new_tokens=12, batch_size=4), lambda _: None)
+    assert [has_room(model, prompt) for prompt in asked] == [False, True, True]
+    assert [len(answer.ids) for answer in answers] == [0, 3, 12]
+    assert answers[2].ids == one_by_one(model, shorter, 12)

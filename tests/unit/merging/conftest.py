@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
 from qlora_core.merging.spec import MergeSpec
 from qlora_core.modeling.load import read_architecture
-from qlora_core.modeling.rows import PromptRow, TokenRow, write_prompts, write_token_rows
+from qlora_core.modeling.rows import PromptRow, TokenRow, prompt_writer, write_token_rows
 from qlora_core.modeling.tokenizer import load_tokenizer, template_digest, tokenizer_digest
 from qlora_core.recipe import MergeRecipe
 
@@ -122,7 +122,8 @@ def save_rows(folder: Path, tokenizer_folder: Path) -> PreparedDataset:
     tokenizer = load_tokenizer(tokenizer_folder)
     prompt = "<|im_start|>user\nA question.<|im_end|>\n<|im_start|>assistant\n"
     ids = tokenizer(prompt)["input_ids"]
-    write_prompts(folder / "prompts.arrow", [PromptRow(f"row-{n}", ids, prompt, "An answer.") for n in range(3)])
+    with prompt_writer(folder / "prompts.arrow") as write:
+        write([PromptRow(f"row-{n}", ids, prompt, "An answer.") for n in range(3)])
     return PreparedDataset(
         path=folder,
         digest="d" * 64,

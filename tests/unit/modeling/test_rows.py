@@ -28,3 +28,13 @@ def test_a_file_without_rows_is_empty(tmp_path):
         pass
     rows = TokenRows(tmp_path / "rows.arrow")
     assert (len(rows), rows.lengths.tolist(), rows.trained_tokens.tolist()) == (0, [], [])
+
+
+def test_tokens_are_counted_once_however_often_a_step_asks(tmp_path):
+    with token_row_writer(tmp_path / "rows.arrow") as write:
+        write([row("a", 1, 2), row("b", 3, 4, 5)])
+    rows = TokenRows(tmp_path / "rows.arrow")
+    assert rows.trained_tokens is rows.trained_tokens
+    assert rows.lengths is rows.lengths
+    with pytest.raises(ValueError, match="read-only"):
+        rows.lengths[0] = 7

@@ -8,9 +8,11 @@ import pytest
 import torch
 
 from qlora_core.errors import TrainingError
-from qlora_core.events import Metrics, Note
+from qlora_core.events import Metrics, Note, ignore
+from qlora_core.store import discard
 from qlora_core.training import checkpoint
 from qlora_core.training.history import write_history
+from qlora_core.training.stopping import EVALUATION_LOSS
 
 STEPS = (2, 4, 6)
 
@@ -91,9 +93,42 @@ def test_what_a_crash_left_of_a_checkpoint_in_the_making_is_never_taken_for_one(
     assert sorted(place.name for place in folder.iterdir()) == ["step-00000006", "step-00000008"]
 
 
+def evaluated(losses: dict[int, float]) -> list[Metrics]:
+    """The metrics of six steps, of which some were followed by an evaluation."""
+    values = {step: {"loss": 1.0} | ({EVALUATION_LOSS: losses[step]} if step in losses else {}) for step in range(1, 7)}
+    return [Metrics(step=step, values=value) for step, value in values.items()]
+
+
+def test_the_best_adapter_of_an_earlier_checkpoint_outlives_a_better_one_until_the_checkpoint_goes(folder: Path):
+    history = evaluated({1: 5.0, 3: 3.0, 5: 1.0})
+    for step in (1, 3, 5):
+        checkpoint.save_best(folder, step, tensors(step))
+        checkpoint.prune_best(folder, history[:step])
+    # from the checkpoints after steps 2, 4 and 6, the best ones are those of steps 1, 3 and 5
+    assert {place.name for place in folder.glob("best-*")} == {f"best-{step:08d}" for step in (1, 3, 5)}
+    write_history(folder.parent, history)
+    discard(folder / "step-00000006")
+    assert checkpoint.newest(folder, ignore, keep_best=True).step == 4
+    assert torch.equal(checkpoint.load_best(folder, 3)["weight.a"], tensors(3)["weight.a"]), "not those of step 5"
+    checkpoint.save(folder, 8, tensors(8), keep=1)
+    checkpoint.prune_best(folder, history)
+    assert [place.name for place in folder.glob("best-*")] == ["best-00000005"]
+
+
+def test_a_checkpoint_without_the_best_adapter_until_then_is_skipped_and_said(folder: Path):
+    write_history(folder.parent, evaluated({1: 5.0, 5: 1.0}))
+    checkpoint.save_best(folder, 1, tensors(1))
+    notes: list[str] = []
+    report = lambda event: notes.append(event.message) if isinstance(event, Note) else None  # noqa: E731
+    assert checkpoint.newest(folder, report, keep_best=True).step == 4
+    assert notes[0] == "step-00000006 was skipped: the best adapter until then, of step 5, is not there"
+    assert checkpoint.newest(folder, ignore).step == 6, "nobody asked for the best one"
+
+
 def test_a_damaged_best_adapter_is_refused_with_what_to_do(folder: Path):
-    checkpoint.save_best(folder, tensors(4))
-    assert set(checkpoint.load_best(folder)) == {"weight.a"}
-    (folder / "best.safetensors").write_bytes(b"\xff" * 30)
-    with pytest.raises(TrainingError, match=r"remove .* and run again"):
-        checkpoint.load_best(folder)
+    checkpoint.save_best(folder, 4, tensors(4))
+    assert set(checkpoint.load_best(folder, 4)) == {"weight.a"}
+    flip(folder / "best-00000004" / "state.safetensors", -1)
+    for step in (4, 5):
+        with pytest.raises(TrainingError, match=r"remove .* and run again"):
+            checkpoint.load_best(folder, step)

@@ -200,7 +200,7 @@ def test_passes_recorded_with_other_kernels_are_forgotten_when_new_ones_join(tmp
         torch.zeros(1, dtype=torch.int64),
     )
     expected = replayed.loss_and_grads(pack, seed).item()
-    monkeypatch.setitem(replayed._recordings, pack.shape, "recorded with other kernels")
+    replayed._recordings.add(pack.shape, "recorded with other kernels", 0)
     monkeypatch.setattr(graphs, "settle", lambda: ["flash-attn-4", "quack-kernels"])
     assert replayed.loss_and_grads(pack, seed).item() == expected
     assert said == ["steps from now on use flash-attn-4 and quack-kernels"]

@@ -16,7 +16,7 @@ from qlora_core.recipe import Lora, TrainRecipe
 from qlora_core.training.data_parallel import DataParallel
 from qlora_core.training.launch import train
 from qlora_core.training.plan import micro_batches
-from qlora_core.training.step import LossModule, Share, train_step
+from qlora_core.training.step import LossModule, Share, seed_step, train_step
 from qlora_core.training.worker import adapted_model, run
 from tests.unit.training.conftest import losses, spec
 
@@ -63,6 +63,30 @@ def test_a_resumed_run_equals_an_uninterrupted_one(base, dataset, tmp_path):
     assert losses(cut) == pytest.approx(losses(whole), abs=1e-6)
     expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (whole, cut))
     assert all(torch.allclose(expected[name], got[name], atol=1e-6) for name in expected)
+
+
+def test_a_resumed_run_keeps_the_best_adapter_of_an_uninterrupted_one(base, dataset, tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    recipe = RECIPE.model_copy(update={"keep_best": True, "evaluate_every_steps": 1, "learning_rate": 0.3})
+    adapters = [train_here(base, dataset, into, recipe) for into in (whole, cut)]
+    (cut / "checkpoints/step-00000006/state.json").unlink()
+    adapters.append(train_here(base, dataset, cut, recipe))
+    assert adapters[0].evaluation_loss == pytest.approx(adapters[2].evaluation_loss, abs=1e-6)
+    expected, got = (load_file(folder / "adapter_model.safetensors") for folder in (whole, cut))
+    assert all(torch.allclose(expected[name], got[name], atol=1e-6) for name in expected)
+    kept = {int(place.name[-8:]) for place in (cut / "checkpoints").glob("best-*")}
+    assert len(kept) <= 2, "one for each of two checkpoints at most"
+
+
+@pytest.mark.parametrize("seed", [0, 300_000_000, 2**32 - 1, 2**63, 2**64 - 1])
+def test_every_seed_gives_each_step_and_process_its_own_random_numbers(seed):
+    drawn = []
+    for step, rank in ((1, 0), (2, 0), (1, 1), (1_000_000, 0)):
+        seed_step(seed, step, rank)
+        drawn.append(float(torch.rand(())))
+    assert len(set(drawn)) == 4
+    seed_step(seed, 1, 0)
+    assert float(torch.rand(())) == drawn[0]
 
 
 def test_only_the_newest_checkpoints_are_kept(base, dataset, tmp_path):

@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from qlora_core.training.pass_memory import SUMS_COLUMNS
+
 SMALLEST_DOT = 16
 SUMMED_ROWS = 8
 
@@ -30,8 +32,8 @@ class Tiling(NamedTuple):
     stages: int
 
 
-BOTH_SIDES = Tiling(tokens=32, columns=512, programs=264, warps=8, stages=3)
-BOTH_SIDES_OF_MANY_RANKS = Tiling(tokens=32, columns=256, programs=264, warps=8, stages=3)
+BOTH_SIDES = Tiling(tokens=32, columns=SUMS_COLUMNS, programs=264, warps=8, stages=3)
+BOTH_SIDES_OF_MANY_RANKS = Tiling(tokens=32, columns=SUMS_COLUMNS // 2, programs=264, warps=8, stages=3)
 MOST_PARTS = 3
 MANY_RANKS = 32
 """Ranks of a tile, beyond which a wide one's sums would not fit into registers."""
