@@ -1,6 +1,7 @@
 """The retraining flow: download, prepare, train, merge, evaluate, register, promote."""
 
 from prefect import flow
+from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
@@ -10,6 +11,7 @@ from tasks.download_task import download
 from tasks.evaluate_task import evaluate
 from tasks.match_task import match
 from tasks.merge_task import merge
+from tasks.moves import edits_by_hand
 from tasks.orphans import end_orphans
 from tasks.prepare_task import prepare
 from tasks.promote_task import Outcome, promote
@@ -35,6 +37,8 @@ def retrain(recipe: Recipe, force: bool = False) -> Outcome | None:
     """
     settings = Settings()
     if not force and settled(recipe, settings):
+        for edit in edits_by_hand(ModelRegistry(settings), recipe.name):
+            get_run_logger().warning(edit)
         return None
     tracker = Tracker(settings)
     end_orphans(tracker)

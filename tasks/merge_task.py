@@ -33,7 +33,6 @@ def _describe(merged: MergedModel) -> Described:
     proof = merged.proof
     return Described(
         metrics={
-            **{f"loss.{name}": loss for name, loss in proof.losses.items()},
             "changed_tensors": len(proof.changed),
             "unchanged_tensors": proof.unchanged,
             "largest_logit_difference": proof.largest_logit_difference,

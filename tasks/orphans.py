@@ -13,9 +13,6 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed
 
-from tasks.approval import expire_all
-from tasks.moves import MOVE, edits_of, repair
-from tasks.registry import ModelRegistry
 from tasks.settings import Settings
 from tasks.tracking import Tracker, is_process, owner_is_alive, runs_here, this_process
 
@@ -53,13 +50,6 @@ def born_here() -> AbstractContextManager[object]:
     A tag is there from birth: whatever a run signs itself leaves a moment before it in which it can be killed.
     """
     return tags(f"{PROCESS}{this_process()}")
-
-
-def repair_registry(registry: ModelRegistry) -> list[str]:
-    """Finish moves that were cut short, expire approvals that nobody gave, and name edits that were made by hand."""
-    models = registry.models()
-    repaired = [done for model in models if MOVE in model.tags and (done := repair(registry, model.name))]
-    return repaired + expire_all(registry) + [edit for model in models for edit in edits_of(registry, model)]
 
 
 def end_stray_servers(settings: Settings) -> None:
