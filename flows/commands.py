@@ -44,10 +44,15 @@ def _end_orphans_of_team(settings: Settings) -> None:
 
 
 def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
+    is_new = not settings.mlflow_server and not (settings.root / "mlflow" / "mlflow.db").is_file()
     settings.make_home()
     from flows.retrain import retrain
-    from flows.show import show_outcome
+    from flows.show import show_edits, show_outcome
     from tasks.orphans import born_here, end_stray_servers
+    from tasks.registry import ModelRegistry
+
+    if not is_new:  # a promotion writes down other aliases, and then nothing tells what was meant
+        show_edits(ModelRegistry(settings), recipe.name)
 
     if settings.embedded_prefect:
         console.print("[dim]starting the embedded Prefect server …[/]")

@@ -98,6 +98,7 @@ def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
         console.print("No registered models yet; `qlora run deployments/recipes/quickstart.yaml` makes one.")
     _warn_of_edits(registry, models)
     shown = registry.search(named(name) if name else None, newest=SHOWN_VERSIONS, models=models)
+    shown = [version for version in shown if name in (None, version.name)]
     if name is None and len(shown) == SHOWN_VERSIONS:
         console.print(_overview(models, shown), markup=False)
         console.print("[dim]qlora models MODEL shows its versions[/]")
@@ -110,19 +111,17 @@ def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
 
 def show_edits(registry: "ModelRegistry", name: str) -> None:
     """Warn where aliases of a model are not what the last move has left, and say what to type."""
-    from tasks.moves import edits_by_hand, remedy
-
-    for edit in edits_by_hand(registry, name):
-        console.print(f"[yellow]{escape(edit)}[/]")
-    if what_to_type := remedy(registry, name):
-        console.print(f"[yellow]{escape(what_to_type)}[/]")
+    if model := registry.model(name):
+        _warn_of_edits(registry, [model])
 
 
 def _warn_of_edits(registry: "ModelRegistry", models: "list[Model]") -> None:
-    from tasks.moves import edits_of
+    from tasks.moves import edits_of, remedy
 
-    for edit in (edit for model in models for edit in edits_of(registry, model)):
-        console.print(f"[yellow]{escape(edit)}[/]")
+    for model in models:
+        for sentence in (*edits_of(registry, model), remedy(registry, model)):
+            if sentence:
+                console.print(f"[yellow]{escape(sentence)}[/]")
 
 
 def _overview(models: "list[Model]", newest: list[Version]) -> str:

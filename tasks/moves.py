@@ -123,17 +123,16 @@ def left_by_moves(model: Model) -> Aliases | None:
     return parse_aliases(model.tags[LEFT]) if LEFT in model.tags else None
 
 
-def remedy(registry: ModelRegistry, name: str) -> str | None:
+def remedy(registry: ModelRegistry, model: Model) -> str | None:
     """What to type after somebody has set or removed the champion by hand; None if nobody has."""
-    model = registry.model(name)
-    left = (left_by_moves(model) if model else None) or {}
-    was, now = left.get(CHAMPION), model.aliases.get(CHAMPION) if model else None
-    if was is None or was == now:
+    name, was, now = model.name, (left_by_moves(model) or {}).get(CHAMPION), model.aliases.get(CHAMPION)
+    if was is None or was == now or MOVE in model.tags:
         return None
-    undo = f"`qlora promote {name}@{was}` makes version {was} champion again"
-    gone = registry.find_version(name, was) is None
-    accept = None if now is None else f"`qlora promote {name}@{now}` accepts version {now}"
-    offers = [offer for offer in (None if gone else undo, accept) if offer]
+    offers = []
+    if registry.find_version(name, was) is not None:
+        offers.append(f"`qlora promote {name}@{was}` makes version {was} champion again")
+    if now is not None:
+        offers.append(f"`qlora promote {name}@{now}` accepts version {now}")
     return "; ".join(offers) or f"`qlora promote {name}@NUMBER` makes another version champion"
 
 

@@ -172,18 +172,21 @@ def test_an_edit_by_hand_is_undone_or_accepted_by_what_is_offered(registry, name
     one, two = add(registry, name, "a"), add(registry, name, "b")
     promote(registry, name, one, compared_with=None)
     promote(registry, name, two, compared_with="a")
-    assert moves.remedy(registry, name) is None
+    assert moves.remedy(registry, registry.model(name)) is None
     registry.client.set_registered_model_alias(name, "champion", str(one))
-    assert moves.remedy(registry, name) == (
+    assert moves.remedy(registry, registry.model(name)) == (
         f"`qlora promote {name}@{two}` makes version {two} champion again; `qlora promote {name}@{one}` accepts "
         f"version {one}"
     )
     promote(registry, name, one, compared_with=None)
     assert edits_by_hand(registry, name) == []
     registry.client.delete_registered_model_alias(name, "champion")
-    assert moves.remedy(registry, name) == f"`qlora promote {name}@{one}` makes version {one} champion again"
+    assert (
+        moves.remedy(registry, registry.model(name))
+        == f"`qlora promote {name}@{one}` makes version {one} champion again"
+    )
     promote(registry, name, one, compared_with=None)
-    assert (edits_by_hand(registry, name), moves.remedy(registry, name)) == ([], None)
+    assert (edits_by_hand(registry, name), moves.remedy(registry, registry.model(name))) == ([], None)
 
 
 @pytest.mark.parametrize("quoted", ["it's", 'the "best"', 'it\'s the "best"'])
