@@ -63,7 +63,7 @@ def promote(reference: str, reason: str, force: bool, as_json: bool, settings: S
 def roll_back(name: str, reason: str, as_json: bool, settings: Settings) -> None:
     """Swap champion and previous; a team sees it in Prefect too."""
     registry, author = ModelRegistry(settings), moves.me(reason)
-    show_edits(registry, name)
+    show_edits(registry, name, on_stderr=as_json)
     old, new = moves.rollback(registry, name, author)
     said = f"{name}: version {new} is champion again, version {old} is previous. Undo with the same command."
     _say(registry, registry.version(name, new), said, as_json)

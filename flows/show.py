@@ -109,13 +109,13 @@ def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
         console.print(f"[dim]the newest {SHOWN_VERSIONS}; --json has all[/]")
 
 
-def show_edits(registry: "ModelRegistry", name: str) -> None:
+def show_edits(registry: "ModelRegistry", name: str, on_stderr: bool = False) -> None:
     """Warn where aliases of a model are not what the last move has left, and say what to type."""
     if model := registry.model(name):
-        _warn_of_edits(registry, [model])
+        _warn_of_edits(registry, [model], Console(stderr=True, soft_wrap=True) if on_stderr else console)
 
 
-def _warn_of_edits(registry: "ModelRegistry", models: "list[Model]") -> None:
+def _warn_of_edits(registry: "ModelRegistry", models: "list[Model]", console: Console = console) -> None:
     from tasks.moves import edits_of, remedy
 
     for model in models:

@@ -21,7 +21,19 @@ from qlora_core.errors import ChampionChangedError, RegistryError
 from tasks import tags as known_tags
 from tasks.locks import registry_lock
 from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS, Model, ModelRegistry, Version
-from tasks.tags import LEFT, MOVE, PROMOTED, REASON, ROLLED_BACK, VERDICT, Aliases, Move, parse_aliases, parse_move
+from tasks.tags import (
+    AWAITING,
+    LEFT,
+    MOVE,
+    PROMOTED,
+    REASON,
+    ROLLED_BACK,
+    VERDICT,
+    Aliases,
+    Move,
+    parse_aliases,
+    parse_move,
+)
 
 
 class Author(Record):
@@ -56,6 +68,8 @@ def promote(
         if model.aliases.get(CHAMPION) == number:
             if left_by_moves(model) != _moved(model):  # set by hand, and accepted now
                 accept(registry, name)
+            if version.verdict == AWAITING:
+                registry.tag(version, {VERDICT: PROMOTED, **signed("promoted", author)})
             return
         current = registry.version(name, model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
         same_model = current is not None and current.model_digest in {version.model_digest} - {None}
@@ -79,7 +93,7 @@ def rollback(registry: ModelRegistry, name: str, author: Author) -> tuple[int, i
     with registry_lock(registry.settings, name):
         model = _settled(registry, name)
         aliases = model.aliases
-        if CHAMPION not in aliases or PREVIOUS not in aliases:
+        if CHAMPION not in aliases or aliases.get(PREVIOUS) in (None, aliases[CHAMPION]):
             raise RegistryError(_not_rolled_back(model))
         old, new = aliases[CHAMPION], aliases[PREVIOUS]
         tags = {
@@ -218,7 +232,11 @@ def _not_rolled_back(model: Model) -> str:
     name, champion, previous = model.name, model.aliases.get(CHAMPION), model.aliases.get(PREVIOUS)
     was = (left_by_moves(model) or {}).get(CHAMPION)
     if champion is not None:
-        return f"{name} has no earlier champion: version {champion} is champion, and no version is previous"
+        also = "and also previous" if champion == previous else "and no version is previous"
+        return (
+            f"{name} has no earlier champion: version {champion} is champion, {also}; `qlora promote {name}@NUMBER` "
+            "makes another version champion"
+        )
     if previous is None:
         return f"{name} has no champion and no earlier one; `qlora promote {name}@NUMBER` makes a version champion"
     removed = "its alias was removed by hand" + (f" from version {was}" if was else "")

@@ -92,6 +92,11 @@ def test_versions_are_compared_promoted_rolled_back_and_deleted_from_a_terminal(
 
     registry.client.set_registered_model_alias(NAME, "champion", "2")
     assert "champion was set by hand to version 2 (it was version 1)" in typed("models")
+    assert "version 2 is champion, and also previous" in refused("rollback", NAME)
+    registry.client.set_registered_model_alias(NAME, "previous", "1")
+    back = invoke("rollback", NAME, "--json")
+    assert "champion was set by hand to version 2 (it was version 1)" in back.stderr
+    assert json.loads(back.stdout)["aliases"] == {"champion": 1, "previous": 2}
 
 
 @pytest.mark.slow

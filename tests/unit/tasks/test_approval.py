@@ -57,6 +57,13 @@ def test_an_approved_version_is_champion_and_says_who_and_why(registry, name):
     assert (tags["qlora.promoted_by"], tags["qlora.promoted_why"]) == ("ada@desk", "reads better")
 
 
+def test_a_version_that_was_made_champion_by_hand_is_approved_as_it_is(registry, name):
+    version = waiting(registry, name)
+    registry.client.set_registered_model_alias(name, "champion", str(version.number))
+    assert approval.answer(registry, version, True, ADA) == "promoted"
+    assert registry.version(name, version.number).verdict == "promoted"
+
+
 def test_a_declined_version_stays_what_it_is_and_cannot_be_approved_afterwards(registry, name):
     version = waiting(registry, name)
     assert approval.answer(registry, version, False, ADA) == "declined"

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from unittest.mock import patch
 
 import pytest
@@ -14,12 +15,17 @@ from typer.testing import CliRunner
 
 from flows.cli import app
 from qlora_core.errors import QloraError
+from qlora_core.store import Store
 from tasks import approval, moves
+from tasks.comparing import trace
+from tasks.foreign import reopened, rows_of, with_digest
 from tasks.moves import Author
 from tasks.registry import ModelRegistry
 from tasks.repairing import repair_registry
 from tasks.settings import Settings
 from tasks.tags import read
+from tasks.tracking import Tracker
+from tasks.unchanged import _is_over
 
 NAME = "painter"
 GATES = Author(who="the gates", why="2 gates of 2 passed")
@@ -146,8 +152,20 @@ def test_every_command_answers_whatever_our_tags_hold_and_reconcile_repairs_them
         ("approve", f"{name}@3", "--reason", "reads better"),
         ("promote", f"{name}@3", "--force"),
         ("rollback", name),
+        ("chat", f"{name}@2"),
     ):
         answers(*command)
+    for ask in (
+        lambda version: with_digest(registry, version, registry.settings.root / "champions"),
+        lambda version: rows_of(registry, Store(registry.settings.store), version),
+        lambda version: reopened(registry, Tracker(registry.settings), version, "flow-1"),
+        lambda version: _is_over(registry, version.tags.get("qlora.parent_run", "")),
+        lambda version: trace(registry, version).model_dump_json(),
+        approval.describe,
+    ):
+        for version in registry.versions(name):
+            with suppress(QloraError):  # refused in words
+                ask(version)
     repair_registry(registry)
     (model,) = [model for model in registry.models() if model.name == name]
     assert model.misread == {}

@@ -1,6 +1,7 @@
 """Runs on a real MLflow database."""
 
 import re
+import socket
 import subprocess
 import sys
 
@@ -199,6 +200,16 @@ def test_each_loss_of_a_merge_is_logged_once(tmp_path):
         "loss_base_and_adapter": 0.41,
         "loss_merged": 0.42,
     }
+
+
+@pytest.mark.parametrize(
+    ("tag", "text"), [("qlora.owner", "somebody"), ("qlora.owner", f"{socket.gethostname()}:x"), ("qlora.owner", "")]
+)
+def test_a_run_whose_tags_were_edited_by_hand_stops_nobody_who_looks_for_orphans(tracker, monkeypatch, tag, text):
+    retraining = begin(tracker, f"edited-{len(text)}")
+    tracker.tag(retraining.parent_run_id, {tag: text, "prefect.flow_run_id": "the one of yesterday"})
+    monkeypatch.setattr(orphans, "_end_stale_flow_runs", lambda _: None)
+    assert end_orphans(tracker) == ([] if text else [retraining.parent_run_id])
 
 
 def test_nested_values_become_dotted_names():
