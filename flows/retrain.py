@@ -5,6 +5,7 @@ from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
+from qlora_core.evaluation.evaluate import check_metrics
 from qlora_core.recipe import Recipe
 from tasks.cancelling import ends_when_cancelled
 from tasks.download_task import download
@@ -52,7 +53,11 @@ def candidate(recipe: Recipe, tracker: Tracker, under: str | None = None) -> Out
         recipe: what to make.
         tracker: where it is recorded.
         under: the MLflow run of the sweep that has chosen this recipe.
+
+    Raises:
+        RecipeError: its gates cannot be asked; known before anything is computed.
     """
+    check_metrics(recipe.evaluation, recipe.promotion.gates)
     run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url, under=under)
     watched = ends_when_cancelled(str(flow_run.id), has_worker=bool(deployment.id))
     with ends_when_starved(), watched, tracker.final_status(run.parent_run_id):

@@ -169,6 +169,7 @@ def _fits(name: str, value: str) -> bool:
     return True
 
 
+@lru_cache(maxsize=1024)
 def _kind(name: str) -> Kind:
     if name in KINDS:
         return KINDS[name]

@@ -6,16 +6,20 @@ import pytest
 
 from qlora_core.artifacts import Architecture, MergedModel, MergeProof, ModelSnapshot, PreparedDataset
 from qlora_core.errors import RegistryError
-from qlora_core.recipe import Recipe
+from qlora_core.events import ignore
+from qlora_core.recipe import Recipe, load_recipe
 from qlora_core.store import Store
 from tasks.evaluate_task import _champion_scores, _rival
+from tasks.export_task import export
 from tasks.foreign import reopened, rows_of, with_digest
 from tasks.moves import Author, promote
+from tasks.preflight import prepared
+from tasks.recheck_task import recheck
 from tasks.registry import ModelRegistry, Version
 from tasks.settings import Settings
 from tasks.stage import Stage
 from tasks.tracking import Tracker
-from tests.tiny import prepare_rows, write_model
+from tests.tiny import prepare_rows, write_model, write_recipe
 
 NAME = "tiny-painter"
 RECIPE = Recipe.model_validate(
@@ -130,6 +134,26 @@ def test_what_a_version_of_others_needs_comes_from_the_newest_of_ours(registry, 
     tracker.client.delete_run(ours.parent_run_id)
     with pytest.raises(RegistryError, match="run` a recipe of this name first"):
         reopened(registry, tracker, registry.version(by_hand.name, 2), "flow-3")
+
+
+@pytest.mark.slow
+def test_a_version_of_others_is_exported_and_looked_at_again(registry, by_hand, tmp_path):
+    recipe = load_recipe(write_recipe(tmp_path / "recipe", evaluation={"metrics": ["loss"]}))
+    _, rows = prepared(recipe, registry.settings, ignore)
+    tracker = Tracker(registry.settings)
+    ours = tracker.begin(recipe, "flow-1", None)
+    tags = {"qlora.parent_run": ours.parent_run_id, "qlora.data_digest": rows.digest}
+    registry.client.create_model_version(by_hand.name, source="file:///nowhere", tags=tags)
+
+    exported = export.fn(reopened(registry, tracker, by_hand, "flow-2"), by_hand, "nf4").result()
+    after = registry.version(by_hand.name, 1)
+    assert exported.model_digest == after.model_digest
+    assert after.tags["qlora.export.nf4"] == exported.digest
+    adopted = tracker.adopt(recipe, 1, "flow-3")
+    first = recheck.fn(adopted, after, 0.1)
+    assert (first.before, first.drifted) == (None, False)
+    second = recheck.fn(adopted, registry.version(by_hand.name, 1), 0.1)
+    assert (second.before, second.drifted) == (first.now, False)
 
 
 PROOF = MergeProof(
