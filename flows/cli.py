@@ -378,7 +378,17 @@ def _start():  # type: ignore[no-untyped-def]
     settings = Settings()
     settings.configure_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    _show_warnings()
     return settings
+
+
+def _show_warnings() -> None:
+    """Print warnings of ours on stderr, as sentences; Prefect keeps the console from all other loggers."""
+    import logging
+
+    logger = logging.getLogger("qlora")
+    if logging.lastResort is not None and logging.lastResort not in logger.handlers:
+        logger.addHandler(logging.lastResort)
 
 
 def _terminate(number: int, _: object) -> NoReturn:

@@ -15,7 +15,9 @@ console = Console(highlight=False, soft_wrap=True)
 
 def run_recipe(path: Path, overrides: tuple[str, ...], force: bool, settings: Settings) -> None:
     """Check, then retrain; ends at once when nothing has changed."""
+    from flows.show import show_edits
     from tasks.preflight import preflight
+    from tasks.registry import ModelRegistry
     from tasks.unchanged import settled
 
     recipe = load_recipe(path, overrides)
@@ -24,8 +26,9 @@ def run_recipe(path: Path, overrides: tuple[str, ...], force: bool, settings: Se
         _end_orphans_of_team(settings)
         console.print(
             f"Nothing has changed: version {version.number} of {recipe.name} was made from this recipe and this data, "
-            f"and was {version.tags['qlora.verdict']} ({version.tags.get('qlora.reason', '')})."
+            f"and was {version.verdict} ({version.why})."
         )
+        show_edits(ModelRegistry(settings), recipe.name)
         console.print("Retrain all the same with [bold]--force[/], or look at it with [bold]qlora models[/].")
         return
     _retrain(recipe, force, settings)
@@ -41,10 +44,15 @@ def _end_orphans_of_team(settings: Settings) -> None:
 
 
 def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
+    is_new = not settings.mlflow_server and not (settings.root / "mlflow" / "mlflow.db").is_file()
     settings.make_home()
     from flows.retrain import retrain
-    from flows.show import show_outcome
+    from flows.show import show_edits, show_outcome
     from tasks.orphans import born_here, end_stray_servers
+    from tasks.registry import ModelRegistry
+
+    if not is_new:  # a promotion writes down other aliases, and then nothing tells what was meant
+        show_edits(ModelRegistry(settings), recipe.name)
 
     if settings.embedded_prefect:
         console.print("[dim]starting the embedded Prefect server …[/]")

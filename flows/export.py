@@ -6,6 +6,7 @@ from prefect.runtime import flow_run
 from qlora_core.artifacts import ExportedModel
 from qlora_core.merging.export import Kind
 from tasks.export_task import export as export_version
+from tasks.foreign import reopened
 from tasks.orphans import end_orphans
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
@@ -22,7 +23,8 @@ def export(model: str, kind: Kind) -> ExportedModel:
     """
     settings = Settings()
     tracker = Tracker(settings)
-    version = ModelRegistry(settings).resolve(model)
+    registry = ModelRegistry(settings)
+    version = registry.resolve(model)
     end_orphans(tracker)
-    retraining = tracker.reopen(version.tags["qlora.parent_run"], str(flow_run.id))
+    retraining = reopened(registry, tracker, version, str(flow_run.id))
     return export_version(retraining, version, kind).result()

@@ -11,13 +11,14 @@ from rich.markup import escape
 from rich.table import Table
 from rich.tree import Tree
 
-from flows.show import console, format_number
+from flows.show import console, format_number, show_edits
 from qlora_core.errors import RegistryError
 from tasks import moves
 from tasks.comparing import Lineage, compare, trace
-from tasks.moves import PROMOTED, ROLLED_BACK, Author
+from tasks.moves import Author
 from tasks.registry import CHAMPION, ModelRegistry, Version
 from tasks.settings import Settings
+from tasks.tags import APPROVAL_RUN, AWAITING, COPIED_FROM, OPEN, PROMOTED, ROLLED_BACK
 
 
 def approve(reference: str, reject: bool, reason: str, as_json: bool, settings: Settings) -> None:
@@ -27,7 +28,7 @@ def approve(reference: str, reject: bool, reason: str, as_json: bool, settings: 
     registry, author = ModelRegistry(settings), moves.me(reason)
     version = registry.resolve(reference)
     verdict = approval.answer(registry, version, not reject, author)
-    if run := version.tags.get("qlora.approval_run"):
+    if run := version.tags.get(APPROVAL_RUN):
         _tell_prefect(lambda: approval.close_form(run, not reject, author))
     _say(registry, version, f"{version.name} version {version.number} is {verdict}.", as_json)
     _announce(version, verdict, author, settings)
@@ -39,22 +40,22 @@ def promote(reference: str, reason: str, force: bool, as_json: bool, settings: S
 
     registry = ModelRegistry(settings)
     version = registry.resolve(reference)
-    verdict = version.tags.get("qlora.verdict", "open")
-    if verdict == approval.AWAITING:
+    verdict = version.verdict
+    if verdict == AWAITING:
         approve(reference, reject=False, reason=reason, as_json=as_json, settings=settings)
         return
-    if verdict not in (PROMOTED, ROLLED_BACK, "open") and not force:
+    if verdict not in (PROMOTED, ROLLED_BACK, OPEN) and not force and CHAMPION not in version.aliases:
         raise RegistryError(
-            f"{version.name} version {version.number} is {verdict} ({version.tags.get('qlora.reason', 'no reason')}); "
+            f"{version.name} version {version.number} is {verdict} ({version.why or 'no reason'}); "
             "promote it all the same with --force and a --reason"
         )
-    if verdict == "open" and not force and "qlora.copied_from" not in version.tags:
+    if verdict == OPEN and not force and COPIED_FROM not in version.tags:
         against = approval.compared_with(version)
     else:  # whoever serves now: a person has decided, and loses only against somebody who is faster
         champion = registry.at_alias(version.name, CHAMPION)
-        against = champion.tags.get("qlora.model_digest") if champion else None
+        against = champion.identity if champion else None
     author = moves.me(reason)
-    moves.promote(registry, version.name, version.number, against, author, version.tags.get("qlora.reason", reason))
+    moves.promote(registry, version.name, version.number, against, author, version.gate_summary)
     _say(registry, version, f"{version.name} version {version.number} is champion.", as_json)
     _announce(version, PROMOTED, author, settings)
 
@@ -62,6 +63,7 @@ def promote(reference: str, reason: str, force: bool, as_json: bool, settings: S
 def roll_back(name: str, reason: str, as_json: bool, settings: Settings) -> None:
     """Swap champion and previous; a team sees it in Prefect too."""
     registry, author = ModelRegistry(settings), moves.me(reason)
+    show_edits(registry, name, on_stderr=as_json)
     old, new = moves.rollback(registry, name, author)
     said = f"{name}: version {new} is champion again, version {old} is previous. Undo with the same command."
     _say(registry, registry.version(name, new), said, as_json)
@@ -123,10 +125,12 @@ def _tree(found: Lineage) -> Tree:
     version = found.version
     aliases = f" ({', '.join(version.aliases)})" if version.aliases else ""
     tree = Tree(f"[bold]{version.name} version {version.number}[/]{aliases}")
-    sections = {"made from": found.made_from, "MLflow runs": found.runs, "what happened": found.events}
+    done = [(event.what.replace("_", " "), event.sentence) for event in found.history]
+    once = [(what, when) for what, when in found.events.items() if what not in dict(done)]
+    sections = {"made from": found.made_from.items(), "MLflow runs": found.runs.items(), "what happened": once + done}
     for title, entries in sections.items():
         branch = tree.add(f"[bold]{title}[/]") if entries else tree
-        for what, value in entries.items():
+        for what, value in entries:
             branch.add(f"{what}  {escape(value)}")
     return tree
 
@@ -135,7 +139,7 @@ def _fact(what: str, version: Version) -> str:
     tags = version.tags
     facts = {
         "aliases": ", ".join(version.aliases) or "-",
-        "verdict": tags.get("qlora.verdict", "open"),
+        "verdict": version.verdict,
         "made from": f"{tags.get('qlora.base', '')}, data {tags.get('qlora.data_digest', '')[:8]}",
     }
     return escape(facts[what])

@@ -9,11 +9,12 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.flow_runs import suspend_flow_run
 from prefect.logging import get_run_logger
 
-from tasks.approval import AWAITING, Approval, answer, describe, seconds_left
+from tasks.approval import Approval, answer, describe, seconds_left
 from tasks.moves import Author
 from tasks.publishing import announce
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
+from tasks.tags import AWAITING
 
 
 @flow(name="promote", flow_run_name="approve {name} version {number}", persist_result=False)
@@ -31,9 +32,9 @@ def promote(name: str, number: int) -> str:
     """
     registry = ModelRegistry(Settings())
     version = registry.version(name, number)
-    if (verdict := version.tags.get("qlora.verdict", "open")) != AWAITING:
-        get_run_logger().info("Answered already: %s", verdict)
-        return verdict
+    if version.verdict != AWAITING:
+        get_run_logger().info("Answered already: %s", version.verdict)
+        return version.verdict
     form = Approval.with_initial_data(description=describe(version))
     given = suspend_flow_run(wait_for_input=form, timeout=max(1, round(seconds_left(version))), key="approval")
     author = Author(who=given.your_name, why=given.reason)

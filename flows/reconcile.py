@@ -3,15 +3,16 @@
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from tasks.orphans import end_orphans, repair_registry
+from tasks.orphans import end_orphans
 from tasks.registry import ModelRegistry
+from tasks.repairing import repair_registry
 from tasks.settings import Settings
 from tasks.tracking import Tracker
 
 
 @flow(name="reconcile", persist_result=False)
 def reconcile() -> list[str]:
-    """End orphaned runs, finish moves of aliases that were cut short, expire approvals, report edits made by hand.
+    """End orphaned runs, finish moves of aliases, expire approvals, repair tags, report edits made by hand.
 
     Returns:
         What was done and noticed, a sentence each.

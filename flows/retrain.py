@@ -1,15 +1,18 @@
 """The retraining flow: download, prepare, train, merge, evaluate, register, promote."""
 
 from prefect import flow
+from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
+from qlora_core.evaluation.evaluate import check_metrics
 from qlora_core.recipe import Recipe
 from tasks.cancelling import ends_when_cancelled
 from tasks.download_task import download
 from tasks.evaluate_task import evaluate
 from tasks.match_task import match
 from tasks.merge_task import merge
+from tasks.moves import edits_by_hand
 from tasks.orphans import end_orphans
 from tasks.prepare_task import prepare
 from tasks.promote_task import Outcome, promote
@@ -35,6 +38,8 @@ def retrain(recipe: Recipe, force: bool = False) -> Outcome | None:
     """
     settings = Settings()
     if not force and settled(recipe, settings):
+        for edit in edits_by_hand(ModelRegistry(settings), recipe.name):
+            get_run_logger().warning(edit)
         return None
     tracker = Tracker(settings)
     end_orphans(tracker)
@@ -48,7 +53,11 @@ def candidate(recipe: Recipe, tracker: Tracker, under: str | None = None) -> Out
         recipe: what to make.
         tracker: where it is recorded.
         under: the MLflow run of the sweep that has chosen this recipe.
+
+    Raises:
+        RecipeError: its gates cannot be asked; known before anything is computed.
     """
+    check_metrics(recipe.evaluation, recipe.promotion.gates)
     run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url, under=under)
     watched = ends_when_cancelled(str(flow_run.id), has_worker=bool(deployment.id))
     with ends_when_starved(), watched, tracker.final_status(run.parent_run_id):

@@ -13,6 +13,7 @@ from qlora_core.cleanup import Freed, clean_up
 from qlora_core.recipe import load_recipe
 from qlora_core.store import Store
 from tasks.keeping import roots
+from tasks.moves import edits_by_hand
 from tasks.orphans import end_orphans
 from tasks.promote_task import Outcome
 from tasks.publishing import DRIFTED, emit, publish_if_changed
@@ -20,6 +21,7 @@ from tasks.recheck_task import Recheck
 from tasks.recheck_task import recheck as recheck_champion
 from tasks.registry import CHAMPION, ModelRegistry
 from tasks.settings import Settings
+from tasks.tags import PARENT_RUN
 from tasks.tracking import Tracker
 
 Override = Annotated[str, Field(pattern=r"^[^=]+=")]
@@ -63,13 +65,17 @@ def recheck(recipe: Path, tolerance: NotNegative = 0.1) -> Recheck | None:
         How it does, or None if there is no champion yet.
     """
     settings, loaded = Settings(), load_recipe(recipe)
-    champion = ModelRegistry(settings).at_alias(loaded.name, CHAMPION)
+    registry = ModelRegistry(settings)
+    for edit in edits_by_hand(registry, loaded.name):
+        get_run_logger().warning(edit)
+    champion = registry.at_alias(loaded.name, CHAMPION)
     if champion is None:
         get_run_logger().info("%s has no champion yet", loaded.name)
         return None
     tracker = Tracker(settings)
     end_orphans(tracker)
-    retraining = tracker.reopen(champion.tags["qlora.parent_run"], str(flow_run.id))
+    retraining = tracker.reopen(champion.tags.get(PARENT_RUN, ""), str(flow_run.id))
+    retraining = retraining or tracker.adopt(loaded, champion.number, str(flow_run.id))
     found = recheck_champion(retraining.model_copy(update={"recipe": loaded}), champion, tolerance)
     if found.drifted:
         get_run_logger().warning(found.sentence)

@@ -17,6 +17,7 @@ from qlora_core.artifacts import ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
 from tasks.registry import Version
 from tasks.settings import Settings, without_secrets
+from tasks.versions import named
 
 if TYPE_CHECKING:  # it knows all stages and what they need, torch too
     from flows.sweep import Swept
@@ -89,14 +90,15 @@ def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
 
     registry = ModelRegistry(settings)
     if as_json:
-        found = registry.search(f"name = '{name}'" if name else None)
+        found = registry.versions(registry.known_model(name).name) if name else registry.search()
         console.print_json(json.dumps([version.model_dump(mode="json") for version in found]))
         return
-    models = registry.models(f"name = '{name}'" if name else None)
+    models = [registry.known_model(name)] if name else registry.models()
     if not models:
         console.print("No registered models yet; `qlora run deployments/recipes/quickstart.yaml` makes one.")
     _warn_of_edits(registry, models)
-    shown = registry.search(f"name = '{name}'" if name else None, newest=SHOWN_VERSIONS, models=models)
+    shown = registry.search(named(name) if name else None, newest=SHOWN_VERSIONS, models=models)
+    shown = [version for version in shown if name in (None, version.name)]
     if name is None and len(shown) == SHOWN_VERSIONS:
         console.print(_overview(models, shown), markup=False)
         console.print("[dim]qlora models MODEL shows its versions[/]")
@@ -107,11 +109,19 @@ def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
         console.print(f"[dim]the newest {SHOWN_VERSIONS}; --json has all[/]")
 
 
-def _warn_of_edits(registry: "ModelRegistry", models: "list[Model]") -> None:
-    from tasks.moves import edits_of
+def show_edits(registry: "ModelRegistry", name: str, on_stderr: bool = False) -> None:
+    """Warn where aliases of a model are not what the last move has left, and say what to type."""
+    if model := registry.model(name):
+        _warn_of_edits(registry, [model], Console(stderr=True, soft_wrap=True) if on_stderr else console)
 
-    for edit in (edit for model in models for edit in edits_of(registry, model)):
-        console.print(f"[yellow]{edit}[/]")
+
+def _warn_of_edits(registry: "ModelRegistry", models: "list[Model]", console: Console = console) -> None:
+    from tasks.moves import edits_of, remedy
+
+    for model in models:
+        for sentence in (*edits_of(registry, model), remedy(registry, model)):
+            if sentence:
+                console.print(f"[yellow]{escape(sentence)}[/]")
 
 
 def _overview(models: "list[Model]", newest: list[Version]) -> str:
@@ -124,7 +134,7 @@ def _overview(models: "list[Model]", newest: list[Version]) -> str:
     for model in models:
         champion, previous = (str(model.aliases.get(alias, "")) for alias in ("champion", "previous"))
         version = last.get(model.name)
-        judged = ("", "") if version is None else (str(version.number), version.tags.get("qlora.verdict", "open"))
+        judged = ("", "") if version is None else (str(version.number), version.verdict)
         lines.append((model.name, champion, previous, *judged))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
@@ -146,7 +156,7 @@ def _table(versions: list[Version]) -> Table:
         table.add_row(
             str(version.number),
             ", ".join(version.aliases),
-            version.tags.get("qlora.verdict", "open"),
+            version.verdict,
             *(format_number(metric, version.scores.get(metric)) for metric in shown),
             made,
             f"{version.tags.get('qlora.base', '')}, data {version.tags.get('qlora.data_digest', '')[:8]}",

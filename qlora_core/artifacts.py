@@ -12,8 +12,11 @@ from pydantic import BaseModel, ConfigDict, Field
 Scores = dict[str, float]
 """Metric name to value, one model."""
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "forgetting_perplexity", "latency_s", "rounding_cost"})
-"""Every other metric is better when it is higher, unless its gate says otherwise."""
+Direction = Literal["lower", "higher"]
+"""Which way of a score is better."""
+
+Directions = dict[str, Direction]
+"""Score name to direction, for scores that no table of ours knows."""
 
 
 class Record(BaseModel):
@@ -256,6 +259,8 @@ class ModelScores(Artifact):
     scores: Scores
     rows: int
     seed: int
+    directions: Directions = Field(default_factory=dict)
+    """As the lm-evaluation-harness says them."""
 
 
 class EvaluationReport(Artifact):
@@ -270,6 +275,7 @@ class EvaluationReport(Artifact):
     data_digest: str
     rows: int
     differences: Differences = Field(default_factory=dict)
+    directions: Directions = Field(default_factory=dict)
 
 
 class GateResult(Record):

@@ -12,6 +12,7 @@
     ├── EvaluationError         a model cannot be scored
     └── RegistryError           the model registry refused, or holds something unexpected
         ├── ChampionChangedError    another version became champion since the candidate was compared
+        ├── NotRegisteredError      there is no model, alias or version of the name that was given
         └── RegistryUnavailableError  it could not be asked or written now; the same call may succeed later
 
 A command that ends with one of them exits with its `exit_code`: 2 when the user's input must change, 1 otherwise.
@@ -87,6 +88,12 @@ class RegistryError(QloraError):
 
 class ChampionChangedError(RegistryError):
     """Another version became champion since the candidate was compared with the one before."""
+
+
+class NotRegisteredError(RegistryError):
+    """There is no model, alias or version of the name that was given."""
+
+    exit_code = 2
 
 
 class RegistryUnavailableError(RegistryError):

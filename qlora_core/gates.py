@@ -4,8 +4,17 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from qlora_core.artifacts import LOWER_IS_BETTER, Differences, GateResult, Interval, PromotionDecision, Scores
+from qlora_core.artifacts import (
+    Differences,
+    Direction,
+    Directions,
+    GateResult,
+    Interval,
+    PromotionDecision,
+    Scores,
+)
 from qlora_core.recipe import Gate
+from qlora_core.scores import direction_of
 
 Against = Literal["base", "champion", "threshold"]
 
@@ -16,8 +25,11 @@ def decide(
     base: Scores,
     champion: Scores | None,
     differences: Differences | None = None,
+    directions: Directions | None = None,
 ) -> PromotionDecision:
-    """Ask every gate. A missing metric fails its gate; a gate against a champion that does not exist passes.
+    """Ask every gate. A missing metric, or one of unknown direction, fails its gate.
+
+    A gate against a champion that does not exist passes.
 
     All scores must come from the same rows; the caller evaluates the champion again when they do not.
 
@@ -27,9 +39,10 @@ def decide(
         base: the base model's.
         champion: those of the model that serves now, if there is one.
         differences: intervals of the candidate's scores minus the others', for gates that ask for significance.
+        directions: of scores that the table does not know, as whoever scored them says.
     """
-    known = differences or {}
-    results = tuple(_ask(gate, candidate, base, champion, known) for gate in gates)
+    asked = [gate if gate.direction else _directed(gate, directions or {}) for gate in gates]
+    results = tuple(_ask(gate, candidate, base, champion, differences or {}) for gate in asked)
     failed = [result for result in results if not result.passed]
     if failed:
         names = ", ".join(f"{result.metric} against {_name(result)}" for result in failed)
@@ -38,6 +51,12 @@ def decide(
         reason = f"{_count(results)} of {len(results)} passed" if results else "the recipe has no gates"
         reason += "" if champion is not None else "; there was no champion to compare with"
     return PromotionDecision(promote=not failed, gates=results, reason=reason)
+
+
+def _directed(gate: Gate, directions: Directions) -> Gate:
+    """The gate with the direction of its score, if anybody knows it."""
+    direction: Direction | None = direction_of(gate.metric) or directions.get(gate.metric)
+    return gate.model_copy(update={"direction": direction})
 
 
 def _ask(gate: Gate, candidate: Scores, base: Scores, champion: Scores | None, differences: Differences) -> GateResult:
@@ -64,7 +83,7 @@ def _judge(
     gate: Gate, against: Against, candidate: Scores, reference: float | None, interval: Interval | None
 ) -> GateResult:
     value = candidate.get(gate.metric)
-    lower = (gate.direction or ("lower" if gate.metric in LOWER_IS_BETTER else "higher")) == "lower"
+    lower = gate.direction == "lower"
     strict = against != "threshold" and gate.tolerance == 0
     sign = ("<" if lower else ">") + ("" if strict else "=")
     limit = None if reference is None else reference + abs(reference) * gate.tolerance * (1 if lower else -1)
@@ -73,6 +92,9 @@ def _judge(
     if value is None or reference is None or limit is None:
         missing = "the candidate" if value is None else f"the {against}"
         reason = f"{missing} has no score named {gate.metric}; add its metric to evaluation.metrics"
+    elif gate.direction is None:
+        required, limit = f"better than {against}", None
+        reason = f"nothing tells whether {gate.metric} is better lower or higher; give the gate a `direction`"
     else:
         passed = _passes(value, limit, lower, strict)
         reason = _explain(gate, against, value, reference, required, passed)

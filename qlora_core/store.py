@@ -50,6 +50,12 @@ def fingerprint(stage: str, version: int, recipe: Any, inputs: Mapping[str, str]
     return sha256_of_json({"stage": stage, "version": version, "recipe": recipe, "inputs": dict(inputs)})
 
 
+def digest_of_folder(folder: Path) -> str:
+    """SHA-256 over the names and SHA-256s of the files below a folder, in hex."""
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    return sha256_of_json({file.relative_to(folder).as_posix(): sha256_of_file(file) for file in files})
+
+
 class Store:
     """The artifact store below one root directory."""
 

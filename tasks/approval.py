@@ -19,12 +19,15 @@ from pydantic import Field
 from qlora_core.artifacts import PromotionDecision
 from qlora_core.errors import ChampionChangedError, RegistryError
 from tasks import moves
-from tasks.moves import PROMOTED, Author
+from tasks import tags as known_tags
+from tasks.moves import Author
 from tasks.registry import ModelRegistry, Version
+from tasks.tags import APPROVE_BEFORE, AWAITING, COMPARED_WITH, DECLINED, EXPIRED, PROMOTED, VERDICT
 
-AWAITING, DECLINED, EXPIRED = "awaiting approval", "declined", "expired"
 DEPLOYMENT = "promote/approval"
 NOBODY = "none"
+LIMIT_H = 72.0
+"""How long a version waits whose own limit was lost, from the moment at which that is noticed."""
 
 
 class Approval(RunInput):
@@ -37,16 +40,16 @@ class Approval(RunInput):
 
 def ask(registry: ModelRegistry, version: Version, decision: PromotionDecision, timeout_h: float) -> None:
     """Let a version that passed its gates wait for a person; asking again does not move the time limit."""
-    if version.tags.get("qlora.verdict") == AWAITING:
+    if version.verdict == AWAITING:
         return
-    before = datetime.now(UTC) + timedelta(hours=timeout_h)
-    registry.tag(version, {"qlora.approve_before": before.isoformat(timespec="seconds")})
+    _set_limit(registry, version, timeout_h)
     registry.decide(version.name, version.number, AWAITING, decision.reason)
 
 
 def seconds_left(version: Version) -> float:
-    """Until the time limit; negative after it."""
-    return (datetime.fromisoformat(version.tags["qlora.approve_before"]) - datetime.now(UTC)).total_seconds()
+    """Until the time limit; negative after it. A version whose limit was lost waits as if it were asked for now."""
+    before = version.approve_before
+    return LIMIT_H * 3600 if before is None else (before - datetime.now(UTC)).total_seconds()
 
 
 def answer(registry: ModelRegistry, version: Version, approve: bool, author: Author) -> str:
@@ -55,45 +58,50 @@ def answer(registry: ModelRegistry, version: Version, approve: bool, author: Aut
     Raises:
         RegistryError: it does not wait for approval, not any more, or the champion has changed since it was judged.
     """
-    verdict = version.tags.get("qlora.verdict", "open")
-    if verdict != AWAITING:
-        raise RegistryError(f"{version.name} version {version.number} does not wait for approval: it is {verdict}")
+    if version.verdict != AWAITING:
+        raise RegistryError(
+            f"{version.name} version {version.number} does not wait for approval: it is {version.verdict}"
+        )
     if seconds_left(version) < 0:
         expire(registry, version)
         raise RegistryError(
-            f"{version.name} version {version.number} had to be approved before "
-            f"{version.tags['qlora.approve_before']}; retrain, or promote it all the same by `qlora promote --force`"
+            f"{version.name} version {version.number} had to be approved before {version.tags[APPROVE_BEFORE]}; "
+            "retrain, or promote it all the same by `qlora promote --force`"
         )
     if not approve:
         return _decline(registry, version, author)
     try:
-        reason = version.tags.get("qlora.reason", "")
-        moves.promote(registry, version.name, version.number, compared_with(version), author, reason)
+        against, reason = compared_with(version), version.gate_summary
+        moves.promote(registry, version.name, version.number, against, author, reason)
     except ChampionChangedError:  # open again, so that the next run judges it against the new champion
-        registry.client.delete_model_version_tag(version.name, str(version.number), "qlora.verdict")
+        registry.untag(version, VERDICT)
         raise
     return PROMOTED
 
 
 def expire(registry: ModelRegistry, version: Version) -> None:
     """Nobody answered in time."""
-    registry.decide(
-        version.name, version.number, EXPIRED, f"nobody approved before {version.tags['qlora.approve_before']}"
-    )
+    why = f"nobody approved before {version.tags.get(APPROVE_BEFORE, 'the time limit')}"
+    _settle(registry, version, EXPIRED, Author(who="the time limit", why=why))
 
 
-def expire_all(registry: ModelRegistry) -> list[str]:
-    """Expire every version whose time limit has passed; says which."""
-    waiting = [v for v in registry.search(f"tags.`qlora.verdict` = '{AWAITING}'") if seconds_left(v) < 0]
-    for version in waiting:
+def expire_or_limit(registry: ModelRegistry, version: Version) -> str | None:
+    """Expire a waiting version whose time limit has passed, or set one where it was lost; says what was done."""
+    if version.approve_before is None:
+        before = _set_limit(registry, version, LIMIT_H)
+        return (
+            f"{version.name}: version {version.number} waited without a time limit; it may be approved until {before}"
+        )
+    if seconds_left(version) < 0:
         expire(registry, version)
-    return [f"{version.name}: version {version.number} expired, nobody approved it in time" for version in waiting]
+        return f"{version.name}: version {version.number} expired, nobody approved it in time"
+    return None
 
 
 def compared_with(version: Version) -> str | None:
-    """Digest of the champion's model that a version was judged against; None if there was no champion."""
-    digest = version.tags.get("qlora.compared_with", NOBODY)
-    return None if digest == NOBODY else digest
+    """`Version.identity` of the champion that a version was judged against; None if there was no champion."""
+    identity = version.tags.get(COMPARED_WITH, NOBODY)
+    return None if identity == NOBODY else identity
 
 
 def open_form(registry: ModelRegistry, version: Version) -> FlowRun | None:
@@ -108,12 +116,12 @@ def open_form(registry: ModelRegistry, version: Version) -> FlowRun | None:
         DEPLOYMENT,
         parameters={"name": version.name, "number": version.number},
         flow_run_name=name,
-        idempotency_key=f"{name} {version.tags.get('qlora.key')}",
+        idempotency_key=f"{name} {version.tags.get(known_tags.KEY)}",
         timeout=0,
         as_subflow=False,
     )
     assert isinstance(run, FlowRun)
-    registry.tag(version, {"qlora.approval_run": str(run.id)})
+    registry.tag(version, {known_tags.APPROVAL_RUN: str(run.id)})
     return run
 
 
@@ -128,9 +136,9 @@ def describe(version: Version) -> str:
     """What a person is asked, as Markdown."""
     report = version.tags.get("qlora.report")
     link = f"[Read the report]({report})" if report else "Read the report, an artifact of its MLflow run"
-    before = datetime.fromisoformat(version.tags["qlora.approve_before"])
+    before = datetime.now(UTC) + timedelta(seconds=seconds_left(version))
     return (
-        f"**{version.name} version {version.number}** passed its gates: {version.tags.get('qlora.reason', '')}.\n\n"
+        f"**{version.name} version {version.number}** passed its gates: {version.gate_summary}.\n\n"
         f"{link}, and answer before {before.day} {before:%B %Y, %H:%M} UTC.\n\n{_table(version)}"
     )
 
@@ -146,6 +154,17 @@ def _table(version: Version) -> str:
 
 
 def _decline(registry: ModelRegistry, version: Version, author: Author) -> str:
-    registry.tag(version, moves.signed("declined", author))
-    registry.decide(version.name, version.number, DECLINED, author.why or f"declined by {author.who}")
+    _settle(registry, version, DECLINED, author)
     return DECLINED
+
+
+def _settle(registry: ModelRegistry, version: Version, verdict: str, author: Author) -> None:
+    """Write down what became of a version that waited; what its gates said stays."""
+    registry.tag(version, {VERDICT: verdict, **moves.signed(verdict, author)})
+    registry.describe(version, verdict, author.why or f"by {author.who}")
+
+
+def _set_limit(registry: ModelRegistry, version: Version, timeout_h: float) -> str:
+    before = (datetime.now(UTC) + timedelta(hours=timeout_h)).isoformat(timespec="seconds")
+    registry.tag(version, {APPROVE_BEFORE: before})
+    return before

@@ -3,12 +3,13 @@
 import json
 from datetime import UTC, datetime
 
-from mlflow.entities import ViewType
 from mlflow.exceptions import MlflowException
 from pydantic import Field
 
 from qlora_core.artifacts import Record
+from tasks.paging import having, search_runs
 from tasks.registry import ModelRegistry, Version
+from tasks.tags import EVENT, Event, parse_event
 from tasks.tracking import flatten
 
 MADE_FROM = {
@@ -21,7 +22,7 @@ MADE_FROM = {
     "report": "qlora.report",
     "copied from": "qlora.copied_from",
 }
-EVENTS = ("promoted", "rolled_back", "restored", "declined")
+EVENTS = ("promoted", "rolled_back", "restored", "declined", "expired")
 
 
 class VersionDifference(Record):
@@ -44,6 +45,9 @@ class Lineage(Record):
     runs: dict[str, str] = Field(default_factory=dict)
     """Stage to the MLflow run that made its output."""
     events: dict[str, str] = Field(default_factory=dict)
+    """What was done last of each kind."""
+    history: tuple[Event, ...] = ()
+    """Everything that was done, the first thing first."""
 
 
 def compare(registry: ModelRegistry, left: Version, right: Version) -> VersionDifference:
@@ -63,7 +67,13 @@ def compare(registry: ModelRegistry, left: Version, right: Version) -> VersionDi
 def trace(registry: ModelRegistry, version: Version) -> Lineage:
     """Digests of all that a version was made from, the runs that made it, and who did what to it."""
     made_from = {what: version.tags[tag] for what, tag in MADE_FROM.items() if tag in version.tags}
-    return Lineage(version=version, made_from=made_from, runs=_runs(registry, version), events=_events(version))
+    return Lineage(
+        version=version,
+        made_from=made_from,
+        runs=_runs(registry, version),
+        events=_events(version),
+        history=_history(version),
+    )
 
 
 def _recipe(registry: ModelRegistry, version: Version) -> dict[str, str]:
@@ -83,9 +93,8 @@ def _runs(registry: ModelRegistry, version: Version) -> dict[str, str]:
         parent = registry.client.get_run(version.tags.get("qlora.parent_run", "none"))
     except MlflowException:
         return {}
-    wanted = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-    order = ["attributes.start_time ASC"]
-    nested = registry.client.search_runs([parent.info.experiment_id], wanted, ViewType.ACTIVE_ONLY, 100, order)
+    wanted = having({"mlflow.parentRunId": parent.info.run_id})
+    nested = search_runs(registry.client, [parent.info.experiment_id], wanted, order="ASC")
     reused = {
         tag.removeprefix("qlora.reused."): f"{run_id} (reused)"
         for tag, run_id in parent.data.tags.items()
@@ -99,9 +108,21 @@ def _events(version: Version) -> dict[str, str]:
     made = datetime.fromtimestamp(version.created_ms / 1000, UTC).isoformat(timespec="seconds")
     events = {"registered": made}
     for what in EVENTS:
-        if at := version.tags.get(f"qlora.{what}_at"):
-            who, why = version.tags[f"qlora.{what}_by"], version.tags[f"qlora.{what}_why"]
-            events[what.replace("_", " ")] = f"{at} by {who}" + (f": {why}" if why else "")
+        if done := _last(version, what):
+            events[what.replace("_", " ")] = done.sentence
     if before := version.tags.get("qlora.approve_before"):
         events["to be approved before"] = before
     return events
+
+
+def _last(version: Version, what: str) -> Event | None:
+    """The last event of a kind."""
+    at, by, why = (version.tags.get(f"qlora.{what}_{part}", "") for part in ("at", "by", "why"))
+    return Event(what=what, by=by, why=why, at=at) if at else None
+
+
+def _history(version: Version) -> tuple[Event, ...]:
+    """Every event; what an earlier release has not kept for good counts once, as the last of its kind."""
+    kept = [parse_event(text) for tag, text in sorted(version.tags.items()) if tag.startswith(EVENT)]
+    last = [event for what in EVENTS if (event := _last(version, what)) and event not in kept]
+    return tuple(sorted([*last, *kept], key=lambda event: event.at))

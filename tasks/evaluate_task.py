@@ -19,6 +19,7 @@ from qlora_core.evaluation import evaluate as evaluation
 from qlora_core.events import Report
 from qlora_core.gates import decide
 from qlora_core.recipe import Recipe
+from tasks.foreign import with_digest
 from tasks.keys import report_key, scores_key
 from tasks.progress import if_prefect_listens
 from tasks.registry import CHAMPION, PREVIOUS, ModelRegistry, Version
@@ -35,7 +36,9 @@ def evaluate(
     with Stage("evaluate", retraining) as stage:
         registry = ModelRegistry(stage.settings)
         champion = _rival(registry, recipe.name, merged)
-        champion_digest = champion.tags.get("qlora.model_digest") if champion else None
+        if champion is not None:
+            champion = with_digest(registry, champion, stage.settings.root / "champions")
+        champion_digest = champion.model_digest if champion else None
 
         def produce(into: Path, _: Report) -> EvaluationReport:
             base_scores = _scores(stage, base.merge_base.path, base.merge_base.digest, dataset)
@@ -47,6 +50,7 @@ def evaluate(
                 base_scores.scores,
                 rival.scores if rival else None,
                 evaluation.differences(base_scores, candidate, rival),
+                candidate.directions,
             )
             context = _context(stage, base, dataset, adapter, merged)
             return evaluation.compare(base_scores, candidate, rival, decision, dataset, context, into)
@@ -65,7 +69,9 @@ def evaluate(
 
 def decision_of(recipe: Recipe, report: EvaluationReport) -> PromotionDecision:
     """What the recipe's gates say about a report."""
-    return decide(recipe.promotion.gates, report.candidate, report.base, report.champion, report.differences)
+    return decide(
+        recipe.promotion.gates, report.candidate, report.base, report.champion, report.differences, report.directions
+    )
 
 
 def before_after(report: EvaluationReport) -> str:
@@ -82,10 +88,8 @@ def before_after(report: EvaluationReport) -> str:
 
 def _rival(registry: ModelRegistry, name: str, merged: MergedModel) -> Version | None:
     """The champion to beat; when this very model is champion already, the one that it replaced."""
-    champion = registry.at_alias(name, CHAMPION)
-    if champion is not None and champion.tags.get("qlora.model_digest") == merged.digest:
-        return registry.at_alias(name, PREVIOUS)
-    return champion
+    at_aliases = (registry.at_alias(name, alias) for alias in (CHAMPION, PREVIOUS))
+    return next((version for version in at_aliases if version and version.model_digest != merged.digest), None)
 
 
 def _scores(stage: Stage, model: Path, digest: str, dataset: PreparedDataset) -> ModelScores:
@@ -112,7 +116,7 @@ def _champion_scores(
     """The champion on these rows: from the store if it was scored on them, else from its files in the registry."""
     if champion is None:
         return None
-    digest = champion.tags["qlora.model_digest"]
+    digest = champion.identity
     known = stage.store.find(ModelScores, "scores", scores_key(stage.retraining.recipe, digest, dataset))
     if known is not None:
         return known
@@ -155,6 +159,7 @@ def _describe(report: EvaluationReport) -> Described:
         },
         artifacts=((report.path / "report.html", ""), (report.path / "report.json", "")),
         dataset=("evaluation rows", report.data_digest, report.path.as_uri()),
+        read_for="evaluation",
     )
 
 

@@ -2,10 +2,10 @@
 
 from prefect import State, task
 
-from qlora_core.artifacts import ExportedModel, PreparedDataset
-from qlora_core.errors import RegistryError
+from qlora_core.artifacts import ExportedModel
 from qlora_core.merging import export as exporting
 from qlora_core.merging.export import Kind
+from tasks.foreign import rows_of, with_digest
 from tasks.keys import export_key
 from tasks.registry import ModelRegistry, Version
 from tasks.stage import Stage
@@ -19,10 +19,10 @@ def export(retraining: Retraining, version: Version, kind: Kind) -> State[Export
     Raises:
         RegistryError: its rows are not in the store of this machine.
     """
-    digest = version.tags["qlora.model_digest"]
     with Stage(f"export-{kind}", retraining) as stage:
         registry = ModelRegistry(stage.settings)
-        dataset = _rows_of(stage, version)
+        version = with_digest(registry, version, stage.settings.root / "champions")
+        digest, dataset = version.identity, rows_of(registry, stage.store, version)
         state = stage.run(
             export_key(kind, digest, dataset),
             ExportedModel,
@@ -36,17 +36,6 @@ def export(retraining: Retraining, version: Version, kind: Kind) -> State[Export
         )
         registry.tag(version, {f"qlora.export.{kind}": state.result().digest})
         return state
-
-
-def _rows_of(stage: Stage, version: Version) -> PreparedDataset:
-    digest = version.tags["qlora.data_digest"]
-    dataset = stage.store.find_digest(PreparedDataset, "prepare", digest)
-    if dataset is None:
-        raise RegistryError(
-            f"{version.name} version {version.number} was trained on rows with digest {digest[:12]}, which are not in "
-            f"{stage.store.root}; export on the machine that trained it, or `qlora run` its recipe here first"
-        )
-    return dataset
 
 
 def _describe(exported: ExportedModel) -> Described:

@@ -30,7 +30,7 @@ def _of_open_runs(tracker: Tracker) -> dict[str, str]:
     """Of every retraining that is under way: the stages that it has made or found so far."""
     found: dict[str, str] = {}
     for run in tracker.open_runs():
-        if run.data.tags["qlora.kind"] != "retrain":
+        if run.data.tags.get("qlora.kind") != "retrain":
             continue
         for stage in tracker.stages_of(run):
             if key := stage.data.tags.get("qlora.key"):

@@ -16,7 +16,8 @@ import httpx
 from filelock import FileLock, Timeout
 
 from qlora_core.errors import RegistryUnavailableError
-from tasks.settings import Settings
+from tasks.settings import Settings, without_secrets
+from tasks.tags import say_once
 
 PATIENCE_S = 120
 """How long to wait for others; moving aliases takes well under a second."""
@@ -29,6 +30,11 @@ LONGEST_FILE_NAME = 200
 LEASE_S = 60
 """How long a holder that was killed keeps a Prefect slot: the shortest that there is, and less than others wait."""
 
+NO_COMMON_LOCK = (
+    "{} may be shared, but PREFECT_API_URL is not set: only processes of this home keep each other from moving aliases "
+    "at the same time. Set PREFECT_API_URL to the team's Prefect server wherever several machines promote"
+)
+
 T = TypeVar("T")
 
 
@@ -38,7 +44,8 @@ def registry_lock(settings: Settings, name: str) -> Iterator[None]:
 
     - a PostgreSQL database that is opened directly: an advisory lock in it, freed when its connection is gone;
     - an MLflow server, and a Prefect server beside it: a Prefect concurrency limit, whose lease ends with its holder;
-    - everything else: a file in the home, which excludes the processes of this machine.
+    - everything else: a file in the home, which excludes the processes of this machine. Where the registry is a
+      server, others may be on other machines: that is said once.
 
     Raises:
         RegistryUnavailableError: others held it all the time.
@@ -48,6 +55,8 @@ def registry_lock(settings: Settings, name: str) -> Iterator[None]:
     elif settings.mlflow_uri.startswith("http") and not settings.embedded_prefect:
         lock = _concurrency_limit(name)
     else:
+        if settings.mlflow_uri.startswith("http"):
+            say_once(NO_COMMON_LOCK.format(without_secrets(settings.mlflow_uri)))
         lock = _file(settings, name)
     with lock:
         yield

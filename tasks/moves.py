@@ -15,19 +15,25 @@ import json
 import socket
 from collections.abc import Mapping
 from datetime import UTC, datetime
-from typing import Literal
-
-from pydantic import Field
 
 from qlora_core.artifacts import Record
 from qlora_core.errors import ChampionChangedError, RegistryError
+from tasks import tags as known_tags
 from tasks.locks import registry_lock
 from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS, Model, ModelRegistry, Version
-
-MOVE, LEFT = "qlora.move", "qlora.aliases"
-PROMOTED, ROLLED_BACK = "promoted", "rolled back"
-
-Aliases = dict[str, int]
+from tasks.tags import (
+    AWAITING,
+    LEFT,
+    MOVE,
+    PROMOTED,
+    REASON,
+    ROLLED_BACK,
+    VERDICT,
+    Aliases,
+    Move,
+    parse_aliases,
+    parse_move,
+)
 
 
 class Author(Record):
@@ -37,60 +43,62 @@ class Author(Record):
     why: str
 
 
-class Move(Record):
-    """One change of `champion` and `previous`."""
-
-    kind: Literal["promotion", "rollback"]
-    before: Aliases
-    after: Aliases
-    tags: dict[int, dict[str, str]] = Field(default_factory=dict)
-    """Version number to the tags that the move leaves on it."""
-
-
 def promote(
     registry: ModelRegistry, name: str, number: int, compared_with: str | None, author: Author, reason: str
 ) -> None:
     """Make a version the champion, if the champion is still the model that it was compared with.
 
+    The champion may also be the version's own model, registered under other gates: then nothing but the number of the
+    version changes, and `previous` stays the model that both have replaced.
+
     Args:
         registry: where the model is.
         name: the registered model.
-        number: the version to promote.
-        compared_with: digest of the champion's model when the version was evaluated; None if there was none.
+        number: the version to promote; for the champion itself, its alias is accepted as it is.
+        compared_with: `Version.identity` of the champion when the version was evaluated; None if there was none.
         author: who promotes it and why.
-        reason: what the gates said, kept as the version's verdict.
+        reason: what the gates said, kept with the verdict; empty if they were not asked.
 
     Raises:
         ChampionChangedError: another version became champion in the meantime.
-        RegistryError: there is no such version.
+        NotRegisteredError: there is no such model or version.
     """
     with registry_lock(registry.settings, name):
         model, version = _settled(registry, name), registry.version(name, number)
         if model.aliases.get(CHAMPION) == number:
+            if left_by_moves(model) != _moved(model):  # set by hand, and accepted now
+                accept(registry, name)
+            if version.verdict == AWAITING:
+                registry.tag(version, {VERDICT: PROMOTED, **signed("promoted", author)})
             return
         current = registry.version(name, model.aliases[CHAMPION]) if CHAMPION in model.aliases else None
-        if (current.tags.get("qlora.model_digest") if current else None) != compared_with:
+        same_model = current is not None and current.model_digest in {version.model_digest} - {None}
+        if (current.identity if current else None) != compared_with and not same_model:
             raise ChampionChangedError(_lost(version, compared_with, current))
-        after = {CHAMPION: number} | ({PREVIOUS: current.number} if current else {})
-        tags = {number: {"qlora.verdict": PROMOTED, "qlora.reason": reason, **signed("promoted", author)}}
-        _begin(registry, model, Move(kind="promotion", before=_moved(model), after=after, tags=tags))
+        before = _moved(model)
+        previous = before.get(PREVIOUS) if current is None or same_model else current.number
+        after: Aliases = {CHAMPION: number} | ({PREVIOUS: previous} if previous not in (None, number) else {})
+        tags = {number: {VERDICT: PROMOTED, **({REASON: reason} if reason else {}), **signed("promoted", author)}}
+        _begin(registry, model, Move(kind="promotion", before=before, after=after, tags=tags))
 
 
 def rollback(registry: ModelRegistry, name: str, author: Author) -> tuple[int, int]:
     """Swap `champion` and `previous`; returns the numbers of the old and the new champion.
 
+    What the gates once said of both versions stays; what the author says is kept beside it.
+
     Raises:
-        RegistryError: there is no earlier champion.
+        RegistryError: there is no champion, or no earlier one.
     """
     with registry_lock(registry.settings, name):
         model = _settled(registry, name)
         aliases = model.aliases
-        if CHAMPION not in aliases or PREVIOUS not in aliases:
-            raise RegistryError(f"{name} has no earlier champion; its aliases are {aliases or 'none'}")
+        if CHAMPION not in aliases or aliases.get(PREVIOUS) in (None, aliases[CHAMPION]):
+            raise RegistryError(_not_rolled_back(model))
         old, new = aliases[CHAMPION], aliases[PREVIOUS]
         tags = {
-            old: {"qlora.verdict": ROLLED_BACK, "qlora.reason": author.why, **signed("rolled_back", author)},
-            new: {"qlora.verdict": PROMOTED, **signed("restored", author)},
+            old: {VERDICT: ROLLED_BACK, **signed("rolled_back", author)},
+            new: {VERDICT: PROMOTED, **signed("restored", author)},
         }
         after = {CHAMPION: new, PREVIOUS: old}
         _begin(registry, model, Move(kind="rollback", before=_moved(model), after=after, tags=tags))
@@ -112,11 +120,34 @@ def edits_by_hand(registry: ModelRegistry, name: str) -> list[str]:
 
 def edits_of(registry: ModelRegistry, model: Model) -> list[str]:
     """The same for a model that was looked up; asks the registry only if there are any."""
-    if LEFT not in model.tags or MOVE in model.tags:
+    left, now = left_by_moves(model), model.aliases
+    if left is None or MOVE in model.tags:
         return []
-    left, now = json.loads(model.tags[LEFT]), model.aliases
     found = [_edit(registry, model.name, alias, left.get(alias), now.get(alias)) for alias in (CHAMPION, PREVIOUS)]
     return [edit for edit in found if edit is not None]
+
+
+def accept(registry: ModelRegistry, name: str) -> None:
+    """Write down the aliases as they are: they are what is meant. The caller holds the lock."""
+    _leave(registry, name, _moved(registry.known_model(name)))
+
+
+def left_by_moves(model: Model) -> Aliases | None:
+    """The aliases as the last finished move has left them; None if nothing tells."""
+    return parse_aliases(model.tags[LEFT]) if LEFT in model.tags else None
+
+
+def remedy(registry: ModelRegistry, model: Model) -> str | None:
+    """What to type after somebody has set or removed the champion by hand; None if nobody has."""
+    name, was, now = model.name, (left_by_moves(model) or {}).get(CHAMPION), model.aliases.get(CHAMPION)
+    if was is None or was == now or MOVE in model.tags:
+        return None
+    offers = []
+    if registry.find_version(name, was) is not None:
+        offers.append(f"`qlora promote {name}@{was}` makes version {was} champion again")
+    if now is not None:
+        offers.append(f"`qlora promote {name}@{now}` accepts version {now}")
+    return "; ".join(offers) or f"`qlora promote {name}@NUMBER` makes another version champion"
 
 
 def me(why: str) -> Author:
@@ -130,21 +161,17 @@ def _settled(registry: ModelRegistry, name: str) -> Model:
     One look instead of many: every request to a server costs some 20 ms, and a promotion is to be over at once.
 
     Raises:
-        RegistryError: there is no such model.
+        NotRegisteredError: there is no such model.
     """
-    model = registry.model(name)
-    if model is not None and _end(registry, model) is not None:
-        model = registry.model(name)
-    if model is None:
-        raise RegistryError(f"there is no model {name}; models: {', '.join(registry.names()) or 'none yet'}")
-    return model
+    model = registry.known_model(name)
+    return model if _end(registry, model) is None else registry.known_model(name)
 
 
 def _end(registry: ModelRegistry, model: Model) -> str | None:
     """Finish or take back the move that a crash has left on a model; says what was done, None if there is no move."""
     if MOVE not in model.tags:
         return None
-    name, move = model.name, Move.model_validate_json(model.tags[MOVE])
+    name, move = model.name, parse_move(model.tags[MOVE])
     gone = [number for number in move.after.values() if registry.find_version(name, number) is None]
     if gone:
         _point(registry, model, {alias: at for alias, at in move.before.items() if registry.find_version(name, at)})
@@ -166,12 +193,19 @@ def _carry_out(registry: ModelRegistry, model: Model, move: Move) -> None:
     if model.aliases.get(CHALLENGER) == champion:
         client.delete_registered_model_alias(name, CHALLENGER)
     for number, tags in move.tags.items():
-        for key, value in tags.items():
-            client.set_model_version_tag(name, str(number), key, value)
-        reason = tags.get("qlora.reason") or registry.version(name, number).tags.get("qlora.reason", "")
-        client.update_model_version(name, str(number), description=f"{tags['qlora.verdict']}: {reason}")
-    client.set_registered_model_tag(name, LEFT, json.dumps(move.after, sort_keys=True))
+        version = registry.find_version(name, number)
+        if version is None:  # deleted by hand since then
+            continue
+        registry.tag(version, tags)
+        version = version.model_copy(update={"tags": {**version.tags, **tags}})
+        registry.describe(version, version.verdict, version.why)
+    _leave(registry, name, move.after)
     client.delete_registered_model_tag(name, MOVE)
+
+
+def _leave(registry: ModelRegistry, name: str, aliases: Aliases) -> None:
+    """Write down the aliases that are meant, so that edits by hand are noticed."""
+    registry.client.set_registered_model_tag(name, LEFT, json.dumps(aliases, sort_keys=True))
 
 
 def _point(registry: ModelRegistry, model: Model, aliases: Mapping[str, int]) -> None:
@@ -193,15 +227,36 @@ def _edit(registry: ModelRegistry, name: str, alias: str, left: int | None, now:
     return f"{name}: {alias} was set by hand to {'nothing' if now is None else f'version {now}'} (it was {was})"
 
 
+def _not_rolled_back(model: Model) -> str:
+    """Why there is nothing to swap, and what to type."""
+    name, champion, previous = model.name, model.aliases.get(CHAMPION), model.aliases.get(PREVIOUS)
+    was = (left_by_moves(model) or {}).get(CHAMPION)
+    if champion is not None:
+        also = "and also previous" if champion == previous else "and no version is previous"
+        return (
+            f"{name} has no earlier champion: version {champion} is champion, {also}; `qlora promote {name}@NUMBER` "
+            "makes another version champion"
+        )
+    if previous is None:
+        return f"{name} has no champion and no earlier one; `qlora promote {name}@NUMBER` makes a version champion"
+    removed = "its alias was removed by hand" + (f" from version {was}" if was else "")
+    offers = [f"`qlora promote {name}@{number}`" for number in dict.fromkeys((was, previous)) if number]
+    return (
+        f"{name} has no champion: {removed}. Version {previous} is previous. A rollback swaps both, so it needs both. "
+        f"Type {' or '.join(offers)} to make that version champion. Nothing was changed"
+    )
+
+
 def _moved(model: Model) -> Aliases:
     """Those aliases that moves change."""
     return {alias: model.aliases[alias] for alias in (CHAMPION, PREVIOUS) if alias in model.aliases}
 
 
 def signed(what: str, author: Author) -> dict[str, str]:
-    """Tags that say who did something, why and when."""
+    """Tags that say who did something, why and when: the last time, and once for good."""
     at = datetime.now(UTC).isoformat(timespec="seconds")
-    return {f"qlora.{what}_by": author.who, f"qlora.{what}_why": author.why, f"qlora.{what}_at": at}
+    last = {f"qlora.{what}_by": author.who, f"qlora.{what}_why": author.why, f"qlora.{what}_at": at}
+    return last | known_tags.event(what, author.who, author.why)
 
 
 def _lost(version: Version, compared_with: str | None, current: Version | None) -> str:

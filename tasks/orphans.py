@@ -13,9 +13,6 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed
 
-from tasks.approval import expire_all
-from tasks.moves import MOVE, edits_of, repair
-from tasks.registry import ModelRegistry
 from tasks.settings import Settings
 from tasks.tracking import Tracker, is_process, owner_is_alive, runs_here, this_process
 
@@ -26,6 +23,8 @@ PROCESS = "process "
 INIT_PID = 1
 """Who inherits a process whose parent has died."""
 SERVER = "prefect.server.api.server:create_app"
+WHOLE_FLOWS = ("retrain", "sweep", "trial")
+"""Kinds of MLflow runs that stand for a Prefect flow run."""
 AGAIN = re.compile(r"restart (\d+)")
 """Tag of a run that goes on where another one was killed. Its name would not do: flows name their runs themselves."""
 MOST_RESTARTS = 3
@@ -41,8 +40,9 @@ def end_orphans(tracker: Tracker) -> list[str]:
     orphans = [run for run in tracker.open_runs() if _is_orphan(run) and _is_orphan_still(tracker, run)]
     for run in orphans:
         tracker.client.set_terminated(run.info.run_id, "KILLED")
-    for flow_run_id in {_flow_run_id(run) for run in orphans} - {None}:
-        _crash(str(flow_run_id))
+    for flow_run_id in {_flow_run_id(run) for run in orphans if run.data.tags.get("qlora.kind") in WHOLE_FLOWS}:
+        if flow_run_id is not None:
+            _crash(flow_run_id)
     _end_stale_flow_runs(tracker)
     return [run.info.run_id for run in orphans]
 
@@ -55,13 +55,6 @@ def born_here() -> AbstractContextManager[object]:
     return tags(f"{PROCESS}{this_process()}")
 
 
-def repair_registry(registry: ModelRegistry) -> list[str]:
-    """Finish moves that were cut short, expire approvals that nobody gave, and name edits that were made by hand."""
-    models = registry.models()
-    repaired = [done for model in models if MOVE in model.tags and (done := repair(registry, model.name))]
-    return repaired + expire_all(registry) + [edit for model in models for edit in edits_of(registry, model)]
-
-
 def end_stray_servers(settings: Settings) -> None:
     """End embedded Prefect servers of this home whose flow was killed; they would hold its database open for ever."""
     for process in psutil.process_iter():
@@ -72,14 +65,17 @@ def end_stray_servers(settings: Settings) -> None:
 
 
 def _is_orphan(run: Run) -> bool:
-    tags = run.data.tags
-    if not owner_is_alive(tags.get("qlora.owner", "")):
+    owner = run.data.tags.get("qlora.owner", "")
+    if not owner:
         return True
-    if runs_here(tags["qlora.owner"]):
+    if is_process(owner) and runs_here(owner):
+        return not owner_is_alive(owner)
+    flow_run_id = _flow_run_id(run)
+    if flow_run_id is None:  # somebody has edited the run, and nothing tells whether it still works
         return False
     with get_client(sync_client=True) as client:
         try:
-            state = client.read_flow_run(UUID(tags["prefect.flow_run_id"])).state
+            state = client.read_flow_run(flow_run_id).state
         except ObjectNotFound:  # another Prefect server's
             return False
     return state is not None and state.is_final()
@@ -91,11 +87,12 @@ def _is_orphan_still(tracker: Tracker, run: Run) -> bool:
     return now.info.status == "RUNNING" and _is_orphan(now)
 
 
-def _flow_run_id(run: Run) -> str | None:
-    if run.data.tags.get("qlora.kind") not in ("retrain", "sweep", "trial"):
+def _flow_run_id(run: Run) -> UUID | None:
+    """The Prefect run that works on an MLflow run, as far as its tag says."""
+    try:
+        return UUID(run.data.tags.get("prefect.flow_run_id", ""))
+    except ValueError:
         return None
-    flow_run_id: str | None = run.data.tags.get("prefect.flow_run_id")
-    return flow_run_id
 
 
 def _end_stale_flow_runs(tracker: Tracker) -> None:
@@ -119,11 +116,11 @@ def _process_of(run: FlowRun) -> str:
     return next((owner for owner in owners if is_process(owner)), "")
 
 
-def _crash(flow_run_id: str) -> None:
+def _crash(flow_run_id: UUID) -> None:
     """End a flow run whose process is gone, unless Prefect has, and start again what a deployment had started."""
     with get_client(sync_client=True) as client:
         try:
-            flow_run = client.read_flow_run(UUID(flow_run_id))
+            flow_run = client.read_flow_run(flow_run_id)
         except ObjectNotFound:
             return
         if flow_run.state is None or not flow_run.state.is_final():

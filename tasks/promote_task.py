@@ -7,15 +7,13 @@ from qlora_core.artifacts import EvaluationReport, PromotionDecision, Record
 from qlora_core.events import Note
 from qlora_core.recipe import Recipe
 from tasks import approval, moves
-from tasks.approval import AWAITING
 from tasks.evaluate_task import decision_of
-from tasks.moves import PROMOTED, Author
+from tasks.moves import Author
 from tasks.publishing import announce
 from tasks.registry import CHAMPION, ModelRegistry, Version
 from tasks.stage import RETRYING, Stage
+from tasks.tags import AWAITING, KEY, PROMOTED, REJECTED
 from tasks.tracking import Described, Retraining
-
-REJECTED = "rejected"
 
 
 class Outcome(Record):
@@ -39,7 +37,7 @@ def promote(retraining: Retraining, report: EvaluationReport, version: Version) 
         registry = ModelRegistry(stage.settings)
         for edit in moves.edits_by_hand(registry, recipe.name):
             stage.report(Note(message=edit))
-        with stage.recorded(version.tags["qlora.key"]) as run:
+        with stage.recorded(version.tags.get(KEY, "")) as run:
             run.params({"gates": [gate.model_dump(mode="json") for gate in recipe.promotion.gates]})
             verdict = _settle(registry, recipe, decision, report, version)
             run.describe(_describe(decision, verdict))

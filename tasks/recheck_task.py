@@ -6,10 +6,12 @@ from prefect import task
 
 from qlora_core.artifacts import ModelScores, Record
 from qlora_core.evaluation import evaluate as evaluation
+from tasks.foreign import with_digest
 from tasks.keys import scores_key
 from tasks.preflight import prepared
 from tasks.registry import ModelRegistry, Version
 from tasks.stage import RETRYING, Stage
+from tasks.tags import SCORES
 from tasks.tracking import Described, Retraining
 
 METRIC = "loss"
@@ -21,14 +23,16 @@ class Recheck(Record):
 
     name: str
     version: int
-    before: float
-    """Its loss when it was judged."""
+    before: float | None
+    """Its loss when it was judged, or looked at first; None if this was the first look."""
     now: float
     drifted: bool
 
     @property
     def sentence(self) -> str:
         """For people."""
+        if self.before is None:
+            return f"{self.name} version {self.version} was never scored here; its loss of {self.now:.4g} is kept"
         verdict = "has drifted" if self.drifted else "holds"
         return f"{self.name} version {self.version} {verdict}: loss {self.before:.4g} then, {self.now:.4g} now"
 
@@ -45,10 +49,12 @@ def recheck(retraining: Retraining, champion: Version, tolerance: float) -> Rech
     recipe = retraining.recipe
     with Stage("recheck", retraining) as stage:
         _, dataset = prepared(recipe, stage.settings, stage.report)
-        digest = champion.tags["qlora.model_digest"]
+        registry, copies = ModelRegistry(stage.settings), stage.settings.root / "champions"
+        champion = with_digest(registry, champion, copies)
+        digest = champion.identity
         key = scores_key(recipe, digest, dataset)
         with stage.recorded(key) as run:
-            folder = ModelRegistry(stage.settings).fetch(champion, stage.settings.root / "champions")
+            folder = registry.fetch(champion, copies)
             scores = stage.part(
                 "scores",
                 key,
@@ -58,13 +64,15 @@ def recheck(retraining: Retraining, champion: Version, tolerance: float) -> Rech
                 ),
                 keep=evaluation.KEEP,
             )
-            before, now = champion.scores[METRIC], scores.scores[METRIC]
+            before, now = champion.scores.get(METRIC), scores.scores[METRIC]
+            if before is None:
+                registry.tag(champion, {SCORES: json.dumps(scores.scores)})
             found = Recheck(
                 name=champion.name,
                 version=champion.number,
                 before=before,
                 now=now,
-                drifted=now > before * (1 + tolerance),
+                drifted=before is not None and now > before * (1 + tolerance),
             )
             tags = {"qlora.recheck": json.dumps(found.model_dump(mode="json")), "qlora.data_digest": dataset.digest}
             run.describe(Described(metrics=scores.scores, tags=tags))

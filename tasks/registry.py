@@ -1,64 +1,36 @@
 """The model registry: its versions, their tags and aliases, and the files behind them.
 
 Aliases: `champion` is what servers load, `previous` what it replaced, `challenger` the newest candidate; `moves.py`
-moves them. Tags of a version: `qlora.key` (what it was judged as), `qlora.verdict`, `qlora.reason`, and its lineage.
+moves them. What their tags mean is told by `tags.py`, which reads all of them.
 Only "does not exist" means "no champion"; any other error of the registry stops the caller.
 """
 
-import json
 from collections.abc import Mapping
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 from urllib.parse import quote
 
 import mlflow
 from mlflow import MlflowClient
-from mlflow.entities.model_registry import ModelVersion, RegisteredModel
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
-from qlora_core.artifacts import Record
-from qlora_core.errors import RegistryError, shortened
+from qlora_core.errors import NotRegisteredError, RegistryError, RegistryUnavailableError, shortened
+from tasks import tags as known_tags
+from tasks.failures import explain
 from tasks.locks import registry_lock
+from tasks.paging import PAGE, in_pages
 from tasks.settings import Settings
+from tasks.versions import Model as Model
+from tasks.versions import Version as Version
+from tasks.versions import model_of, named, version_of
 
 CHAMPION, PREVIOUS, CHALLENGER = "champion", "previous", "challenger"
 TASK = "llm/v1/chat"
-PAGE = 1000
-"""Models or versions in one answer of MLflow."""
 LOGGED_MODEL = "qlora.logged_model"
 """Tag of a run: the model that it has logged."""
-
-
-class Version(Record):
-    """One version of a registered model, with the aliases that point at it."""
-
-    name: str
-    number: int
-    run_id: str
-    aliases: tuple[str, ...]
-    tags: dict[str, str]
-    created_ms: int
-
-    @property
-    def scores(self) -> dict[str, float]:
-        """Metric name to value, as evaluated before it was registered."""
-        scores: dict[str, float] = json.loads(self.tags.get("qlora.scores", "{}"))
-        return scores
-
-    @property
-    def other_scores(self) -> dict[str, dict[str, float]]:
-        """What `base` and `champion` scored on the same rows when this version was judged."""
-        scores: dict[str, dict[str, float]] = json.loads(self.tags.get("qlora.other_scores", "{}"))
-        return scores
-
-
-class Model(Record):
-    """A registered model: its tags, and the versions that its aliases point at."""
-
-    name: str
-    aliases: dict[str, int]
-    tags: dict[str, str]
 
 
 class RegistryClient(MlflowClient):
@@ -83,19 +55,23 @@ class ModelRegistry:
 
     def models(self, filter_string: str | None = None) -> list[Model]:
         """All registered models, or those that a filter finds, by name; one request for a thousand of them."""
-        found: list[Model] = []
-        token: str | None = None
-        while True:
-            page = self.client.search_registered_models(filter_string, max_results=PAGE, page_token=token)
-            found += [_model(model) for model in page]
-            token = page.token
-            if not token:
-                return found
+        found = in_pages(lambda at: self.client.search_registered_models(filter_string, PAGE, page_token=at))
+        return [model_of(model) for model in found]
 
     def model(self, name: str) -> Model | None:
         """One registered model, or None; MLflow reads every version of a model that is asked for by its name alone."""
-        found = self.models(f"name = '{name}'")
-        return found[0] if found else None
+        return next((model for model in self.models(named(name)) if model.name == name), None)
+
+    def known_model(self, name: str) -> Model:
+        """One registered model.
+
+        Raises:
+            NotRegisteredError: there is none of this name.
+        """
+        model = self.model(name)
+        if model is None:
+            raise NotRegisteredError(f"there is no model {shortened(name)}; {_instead(name, self.names(), 'models')}")
+        return model
 
     def names(self) -> list[str]:
         """All registered models."""
@@ -103,7 +79,7 @@ class ModelRegistry:
 
     def versions(self, name: str, newest: int | None = None) -> list[Version]:
         """The versions of a model, newest first, or only so many of them; none when the model does not exist."""
-        return self.search(f"name = '{name}'", newest)
+        return [version for version in self.search(named(name), newest) if version.name == name]
 
     def search(
         self, filter_string: str | None = None, newest: int | None = None, models: list[Model] | None = None
@@ -115,33 +91,23 @@ class ModelRegistry:
             newest: how many.
             models: what `models` said just now; with hundreds of them asking again takes longer than the rest.
         """
-        found: list[ModelVersion] = []
-        token: str | None = None
         order = ["version_number DESC"] if newest is None else ["creation_timestamp DESC"]
-        while newest is None or len(found) < newest:
-            page = self.client.search_model_versions(filter_string, newest or PAGE, order, token)
-            found += page
-            token = page.token
-            if not token:
-                break
+        size = min(newest or PAGE, PAGE)
+        pages = in_pages(lambda at: self.client.search_model_versions(filter_string, size, order, at))
+        found: list[ModelVersion] = list(islice(pages, newest))
         aliases = {model.name: model.aliases for model in models or self._models_of(found)}
-        made = [_version(version, aliases.get(version.name, {})) for version in found]
+        made = [version_of(version, aliases.get(version.name, {})) for version in found]
         return sorted(made, key=lambda version: (version.name, -version.number))
 
     def _models_of(self, versions: list[ModelVersion]) -> list[Model]:
         """The models of some versions, by one request."""
         names = {version.name for version in versions}
-        return self.models(f"name = '{names.pop()}'" if len(names) == 1 else None) if names else []
+        return self.models(named(names.pop()) if len(names) == 1 else None) if names else []
 
     def aliases(self, name: str) -> dict[str, int]:
         """Alias to version number; empty when the model does not exist."""
         model = self.model(name)
         return model.aliases if model else {}
-
-    def model_tags(self, name: str) -> dict[str, str]:
-        """Tags of the registered model itself; empty when it does not exist."""
-        model = self.model(name)
-        return model.tags if model else {}
 
     def at_alias(self, name: str, alias: str) -> Version | None:
         """The version that an alias points at, or None."""
@@ -154,29 +120,34 @@ class ModelRegistry:
         """The version that `MODEL@ALIAS` or `MODEL@NUMBER` means; `MODEL` alone is its champion.
 
         Raises:
-            RegistryError: there is no such model, alias or version.
+            NotRegisteredError: there is no such model, alias or version.
         """
         name, _, which = reference.partition("@")
+        aliases = self.known_model(name).aliases
         if which.isdecimal():
             return self.version(name, int(which))
-        version = self.at_alias(name, which or CHAMPION)
-        if version is None:
-            aliases = self.aliases(name)
-            known = f"its aliases are {', '.join(sorted(aliases))}" if aliases else f"models: {', '.join(self.names())}"
-            raise RegistryError(f"there is no {shortened(reference)}; {known or 'there are no models yet'}")
-        return version
+        alias = which or CHAMPION
+        if alias not in aliases:
+            hint = _instead(alias, sorted(aliases), "its aliases")
+            raise NotRegisteredError(f"{name} has no alias {shortened(alias)}; {hint}")
+        return self.version(name, aliases[alias])
 
     def example(self, version: Version) -> list[dict[str, str]]:
         """The held-out conversation that a version was logged with."""
         mlflow.set_tracking_uri(self.settings.mlflow_uri)
-        metadata = mlflow.models.get_model_info(f"models:/{version.name}/{version.number}").metadata or {}
+        try:
+            metadata = mlflow.models.get_model_info(f"models:/{version.name}/{version.number}").metadata or {}
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":  # files that MLflow has not logged as a model
+                return []
+            raise
         example: list[dict[str, str]] = metadata.get("example", [])
         return example
 
     def find(self, name: str, key: str) -> Version | None:
         """The version that was judged under this fingerprint, or None."""
-        found = self.client.search_model_versions(f"name = '{name}' AND tags.`qlora.key` = '{key}'")
-        return _version(found[0], self.aliases(name)) if found else None
+        found = self.client.search_model_versions(f"{named(name)} AND tags.`qlora.key` = '{key}'")
+        return version_of(found[0], self.aliases(name)) if found else None
 
     def register(
         self, name: str, key: str, run_id: str, folder: Path, example: list[dict[str, str]], tags: Mapping[str, str]
@@ -193,7 +164,7 @@ class ModelRegistry:
                 all_tags = {"qlora.key": key, **tags}
                 model_id = uri.removeprefix("models:/")
                 made = self.client.create_model_version(name, uri, run_id, all_tags, model_id=model_id)
-                found = _version(made, {})
+                found = version_of(made, {})
             if CHAMPION not in found.aliases:
                 self.client.set_registered_model_alias(name, CHALLENGER, str(found.number))
             return found
@@ -202,19 +173,21 @@ class ModelRegistry:
         """One version.
 
         Raises:
-            RegistryError: there is no such version.
+            NotRegisteredError: there is no such version.
         """
         found = self.find_version(name, number)
         if found is None:
             known = ", ".join(str(version.number) for version in self.versions(name))
-            raise RegistryError(f"{name} has no version {number}; it has {known or 'none'}")
+            raise NotRegisteredError(f"{name} has no version {number}; it has {known or 'none'}")
         return found
 
     def find_version(self, name: str, number: int) -> Version | None:
         """One version, or None."""
+        if number > known_tags.LARGEST_VERSION:
+            return None
         try:
             found = self.client.get_model_version(name, str(number))
-            return _version(found, dict.fromkeys(found.aliases, number))
+            return version_of(found, dict.fromkeys(found.aliases, number))
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
@@ -254,22 +227,56 @@ class ModelRegistry:
             self.client.set_model_version_tag(version.name, str(version.number), key, value)
 
     def decide(self, name: str, number: int, verdict: str, reason: str) -> None:
-        """Write down what was decided about a version, for people and for programs."""
-        self.client.set_model_version_tag(name, str(number), "qlora.verdict", verdict)
-        self.client.set_model_version_tag(name, str(number), "qlora.reason", reason)
-        self.client.update_model_version(name, str(number), description=f"{verdict}: {reason}")
+        """Write down what the gates said about a version, for people and for programs."""
+        version = self.version(name, number)
+        tags = {known_tags.VERDICT: verdict, known_tags.REASON: reason}
+        if not tags.items() <= version.tags.items():  # a repeat is no second event
+            tags |= known_tags.event(verdict, by="the gates", why=reason)
+        self.tag(version, tags)
+        self.describe(version, verdict, reason)
+
+    def describe(self, version: Version, verdict: str, why: str) -> None:
+        """Write what was decided where the MLflow UI shows it first."""
+        text = f"{verdict}: {why}" if why else verdict
+        self.client.update_model_version(version.name, str(version.number), description=text)
+
+    def untag(self, version: Version, name: str) -> None:
+        """Remove a tag of a version."""
+        self.client.delete_model_version_tag(version.name, str(version.number), name)
 
     def fetch(self, version: Version, into: Path) -> Path:
-        """The model folder of a version, as plain transformers files, copied below `into` unless it is there."""
+        """The model folder of a version, as plain transformers files, copied below `into` unless it is there.
+
+        Raises:
+            RegistryError: there are no such files.
+        """
         folder = into / f"{quote(version.name, safe='')}-{version.number}-{quote(version.run_id[:8], safe='')}"
         if not folder.is_dir():
             into.mkdir(parents=True, exist_ok=True)
-            mlflow.set_tracking_uri(self.settings.mlflow_uri)
             with TemporaryDirectory(dir=into) as temporary:
-                uri = f"models:/{version.name}/{version.number}/model"
-                copied = mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=temporary)
-                Path(copied).rename(folder)
+                self._copied(version, Path(temporary)).rename(folder)
         return folder
+
+    def _copied(self, version: Version, into: Path) -> Path:
+        """The files of a version; one of others may have been registered from a plain folder."""
+        mlflow.set_tracking_uri(self.settings.mlflow_uri)
+        reason: Exception | None = None
+        for place in ("/model", ""):
+            uri = f"models:/{version.name}/{version.number}{place}"
+            try:
+                folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=uri, dst_path=str(into)))
+            except (MlflowException, OSError) as error:
+                if isinstance(explain(error, self.settings.mlflow_uri), RegistryUnavailableError):
+                    raise
+                reason = error
+                continue
+            if (folder / "config.json").is_file():
+                return folder
+        raise RegistryError(
+            f"{version.name} version {version.number} has no files that transformers loads: no config.json in its "
+            f"folder or in model/ below it{f' ({reason})' if reason else ''}. `qlora promote {version.name}@NUMBER "
+            "--force` makes another version champion"
+        ) from reason
 
     def _logged(self, name: str, run_id: str, folder: Path, example: list[dict[str, str]]) -> str:
         """Where MLflow keeps the model of this run; logged once, the run remembers it."""
@@ -302,19 +309,9 @@ class ModelRegistry:
                 raise RegistryError(f"the registry refused the name {name}: {error}") from error
 
 
-def _model(model: RegisteredModel) -> Model:
-    aliases = {alias: int(number) for alias, number in model.aliases.items()}
-    return Model(name=model.name, aliases=aliases, tags=dict(model.tags))
-
-
-def _version(version: ModelVersion, aliases: Mapping[str, int]) -> Version:
-    number = int(version.version)
-    tags: dict[str, Any] = dict(version.tags)
-    return Version(
-        name=version.name,
-        number=number,
-        run_id=version.run_id or "",
-        aliases=tuple(sorted(alias for alias, at in aliases.items() if at == number)),
-        tags=tags,
-        created_ms=version.creation_timestamp,
-    )
+def _instead(name: str, known: list[str], what: str) -> str:
+    """What to type instead of a name that does not exist."""
+    if not known:
+        return "there are none yet"
+    near = get_close_matches(name, known, n=1)
+    return f"did you mean {near[0]}?" if near else f"{what}: {', '.join(known)}"

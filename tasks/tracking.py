@@ -2,7 +2,7 @@
 
 Runs are found again by tags, so that a retry, or the same command after a crash, continues them:
 
-    qlora.kind       `retrain` or `stage`; `sweep`, and `trial` below it
+    qlora.kind       `retrain` or `stage`; `sweep`, and `trial` below it; `adopted` for versions of others
     qlora.recipe     SHA-256 of the recipe, on parents
     qlora.stage      the stage's name
     qlora.key        the fingerprint of what the stage made
@@ -12,6 +12,7 @@ Runs are found again by tags, so that a retry, or the same command after a crash
 import json
 import os
 import re
+import shlex
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,17 +23,29 @@ from typing import Any, Literal
 
 import psutil
 from mlflow import MlflowClient
-from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
+from mlflow.entities import (
+    Dataset,
+    DatasetInput,
+    Experiment,
+    InputTag,
+    LifecycleStage,
+    Metric,
+    Param,
+    Run,
+    RunTag,
+)
 from mlflow.exceptions import MlflowException
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 
 from qlora_core.artifacts import Record
+from qlora_core.errors import RegistryError
 from qlora_core.events import Metrics
 from qlora_core.recipe import Recipe
 from qlora_core.store import sha256_of_json
 from qlora_core.sweep import Space
 from tasks.outbox import Outbox
-from tasks.settings import Settings
+from tasks.paging import PAGE, having, in_pages, search_runs
+from tasks.settings import Settings, without_secrets
 
 PARAM_LIMIT_CHARACTERS = 6000
 BATCH_LIMIT = 100
@@ -59,6 +72,8 @@ class Described(Record):
     """Local file or folder, and the artifact folder that it goes to."""
     dataset: tuple[str, str, str] | None = None
     """Name, digest and source of the data that the stage read."""
+    read_for: Literal["training", "evaluation"] = "training"
+    """What it read them for."""
 
 
 class StageRun:
@@ -91,14 +106,14 @@ class StageRun:
         tags = [RunTag(name, value) for name, value in described.tags.items()]
         self._client.log_batch(self.run_id, metrics=metrics, tags=tags)
         if described.dataset is not None:
-            self._log_dataset(*described.dataset)
+            self._log_dataset(*described.dataset, described.read_for)
         for path, folder in described.artifacts:
             log = self._client.log_artifacts if path.is_dir() else self._client.log_artifact
             log(self.run_id, str(path), folder or None)
 
-    def _log_dataset(self, name: str, digest: str, source: str) -> None:
+    def _log_dataset(self, name: str, digest: str, source: str, read_for: str) -> None:
         data = Dataset(name=name, digest=digest[:36], source_type="qlora-store", source=json.dumps({"uri": source}))
-        read = [DatasetInput(data, [InputTag("mlflow.data.context", "training")])]
+        read = [DatasetInput(data, [InputTag("mlflow.data.context", read_for)])]
         try:
             self._client.log_inputs(self.run_id, read)
         except MlflowException as error:
@@ -170,17 +185,52 @@ class Tracker:
         self.client.log_text(run_id, json.dumps(recipe.model_dump(mode="json"), indent=2), RECIPE)
         return Retraining(recipe=recipe, experiment_id=experiment_id, parent_run_id=run_id, flow_run_id=flow_run_id)
 
-    def reopen(self, parent_run_id: str, flow_run_id: str) -> Retraining:
-        """The retraining of a parent run, so that a later flow can add a stage to it."""
-        run = self.client.get_run(parent_run_id)
+    def reopen(self, parent_run_id: str, flow_run_id: str) -> Retraining | None:
+        """The retraining of a parent run, so that a later flow can add a stage to it; None if it or its recipe is gone.
+
+        Raises:
+            MlflowException: MLflow cannot be asked.
+        """
+        run = self.find_run(parent_run_id)
+        if run is None or run.info.lifecycle_stage != LifecycleStage.ACTIVE:
+            return None
+        if not any(file.path == RECIPE for file in self.client.list_artifacts(parent_run_id)):
+            return None
         with TemporaryDirectory() as folder:
             text = Path(self.client.download_artifacts(parent_run_id, RECIPE, folder)).read_text(encoding="utf-8")
+        try:
+            recipe = Recipe.model_validate_json(text)
+        except ValidationError:  # of a release that knew other keys
+            return None
         return Retraining(
-            recipe=Recipe.model_validate_json(text),
+            recipe=recipe,
             experiment_id=run.info.experiment_id,
             parent_run_id=parent_run_id,
             flow_run_id=flow_run_id,
         )
+
+    def adopt(self, recipe: Recipe, version: int, flow_run_id: str) -> Retraining:
+        """A parent run for a version of others, so that stages can be added to it; made once, and ended at once."""
+        experiment_id = self.experiment(recipe.name)
+        tags = {"qlora.kind": "adopted", "qlora.version": str(version)}
+        found = self.search(experiment_id, having(tags), 1)
+        if found:
+            run_id = str(found[0].info.run_id)
+        else:
+            name, owned = f"version {version}, not made here", tags | {"qlora.owner": this_process()}
+            run_id = str(self.client.create_run(experiment_id, run_name=name, tags=owned).info.run_id)
+        with self.final_status(run_id):
+            self.client.log_text(run_id, json.dumps(recipe.model_dump(mode="json"), indent=2), RECIPE)
+        return Retraining(recipe=recipe, experiment_id=experiment_id, parent_run_id=run_id, flow_run_id=flow_run_id)
+
+    def find_run(self, run_id: str) -> Run | None:
+        """A run, or None if there is none of this id."""
+        try:
+            return self.client.get_run(run_id)
+        except MlflowException as error:
+            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                return None
+            raise
 
     @contextmanager
     def stage(self, retraining: Retraining, stage: str, key: str, task_run_id: str) -> Iterator[StageRun]:
@@ -215,24 +265,37 @@ class Tracker:
 
     def made_by(self, retraining: Retraining, stage: str, key: str) -> str | None:
         """The finished run that made the artifact with this fingerprint, if MLflow knows one."""
-        runs = self.search(retraining.experiment_id, f"tags.`qlora.stage` = '{stage}' AND tags.`qlora.key` = '{key}'")
-        return next((run.info.run_id for run in runs if run.info.status == "FINISHED"), None)
+        made = having({"qlora.stage": stage, "qlora.key": key})
+        runs = self.search(retraining.experiment_id, f"attributes.status = 'FINISHED' AND {made}", 1)
+        return runs[0].info.run_id if runs else None
 
     def stage_seconds(self, retraining: Retraining) -> dict[str, float]:
         """How long each finished stage took, those of earlier retrainings that this one reuses included."""
         runs = self.stages_of(self.client.get_run(retraining.parent_run_id))
-        finished = sorted((run for run in runs if run.info.end_time), key=lambda run: run.info.start_time)
+        stages = (run for run in runs if run.info.end_time and "qlora.stage" in run.data.tags)
+        finished = sorted(stages, key=lambda run: run.info.start_time)
         return {run.data.tags["qlora.stage"]: (run.info.end_time - run.info.start_time) / 1000 for run in finished}
 
     def stages_of(self, parent: Run) -> list[Run]:
         """The stages of a retraining: its own, and those of earlier ones that it reuses."""
         reused = [run_id for tag, run_id in parent.data.tags.items() if tag.startswith("qlora.reused.")]
-        wanted = f"tags.`mlflow.parentRunId` = '{parent.info.run_id}'"
-        return [*map(self.client.get_run, reused), *self.search(parent.info.experiment_id, wanted)]
+        wanted = having({"mlflow.parentRunId": parent.info.run_id})
+        found = [run for run_id in reused if (run := self.find_run(run_id)) is not None]
+        return [*found, *self.search(parent.info.experiment_id, wanted, limit=None)]
 
     def experiment(self, name: str) -> str:
-        """The id of the experiment with this name, made when it is missing."""
+        """The id of the experiment with this name, made when it is missing.
+
+        Raises:
+            RegistryError: it was deleted in MLflow, which keeps its name.
+        """
         found = self.client.get_experiment_by_name(name)
+        if found is not None and found.lifecycle_stage != LifecycleStage.ACTIVE:
+            raise RegistryError(
+                f"the experiment {name} was deleted in MLflow, which still keeps it and its name. Restore it: "
+                f"MLFLOW_TRACKING_URI={shlex.quote(without_secrets(self.settings.mlflow_uri))} mlflow experiments "
+                f"restore --experiment-id {found.experiment_id}. Or give the recipe another name"
+            )
         if found is not None:
             return str(found.experiment_id)
         try:
@@ -242,26 +305,27 @@ class Tracker:
                 raise
         return str(self.client.get_experiment_by_name(name).experiment_id)  # another flow was faster
 
-    def search(self, experiment_id: str, filter_string: str, limit: int = 50) -> list[Run]:
-        """Active runs of an experiment, newest first."""
-        return list(
-            self.client.search_runs(
-                [experiment_id], filter_string, ViewType.ACTIVE_ONLY, limit, ["attributes.start_time DESC"]
-            )
-        )
+    def search(self, experiment_id: str, filter_string: str, limit: int | None = 50) -> list[Run]:
+        """Active runs of an experiment, newest first; all of them without a limit."""
+        return search_runs(self.client, [experiment_id], filter_string, limit)
 
     def open_runs(self) -> list[Run]:
         """Every run of this product that is not over, in all experiments."""
-        experiments = [str(e.experiment_id) for e in self.client.search_experiments()]
         wanted = "attributes.status = 'RUNNING' AND tags.`qlora.kind` LIKE '%'"
-        return list(self.client.search_runs(experiments, wanted, ViewType.ACTIVE_ONLY, 1000))
+        return search_runs(self.client, self._experiments(), wanted)
 
     def status_of_flow(self, flow_run_id: str) -> str | None:
         """How the retraining of a Prefect flow run stands; None if MLflow knows of none."""
-        experiments = [str(e.experiment_id) for e in self.client.search_experiments()]
-        wanted = f"tags.`prefect.flow_run_id` = '{flow_run_id}' AND tags.`qlora.kind` = 'retrain'"
-        runs = self.client.search_runs(experiments, wanted, ViewType.ACTIVE_ONLY, 1)
+        wanted = having({"prefect.flow_run_id": flow_run_id, "qlora.kind": "retrain"})
+        runs = search_runs(self.client, self._experiments(), wanted, 1)
         return str(runs[0].info.status) if runs else None
+
+    def _experiments(self) -> list[str]:
+        """The ids of all active experiments."""
+        found: Iterator[Experiment] = in_pages(
+            lambda token: self.client.search_experiments(max_results=PAGE, page_token=token)
+        )
+        return [str(experiment.experiment_id) for experiment in found]
 
     def tag(self, run_id: str, tags: Mapping[str, str]) -> None:
         """Set tags on a run."""
@@ -273,7 +337,7 @@ class Tracker:
         self.client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in values.items()])
 
     def _unfinished(self, experiment_id: str, tags: Mapping[str, str]) -> Run | None:
-        runs = self.search(experiment_id, " AND ".join(f"tags.`{name}` = '{value}'" for name, value in tags.items()), 1)
+        runs = self.search(experiment_id, having(tags), 1)
         done = bool(runs) and runs[0].info.status == "FINISHED" and "mlflow.parentRunId" not in tags
         if not runs or done:  # what a sweep has done is continued with it, so that it has no trial twice
             return None
@@ -281,8 +345,8 @@ class Tracker:
         return None if alive else runs[0]
 
     def _stage_run(self, retraining: Retraining, stage: str) -> Run | None:
-        parent = f"tags.`mlflow.parentRunId` = '{retraining.parent_run_id}'"
-        runs = self.search(retraining.experiment_id, f"{parent} AND tags.`qlora.stage` = '{stage}'", 1)
+        wanted = having({"mlflow.parentRunId": retraining.parent_run_id, "qlora.stage": stage})
+        runs = self.search(retraining.experiment_id, wanted, 1)
         return runs[0] if runs else None
 
 

@@ -17,6 +17,7 @@ from tasks import keys
 from tasks.registry import ModelRegistry, Version
 from tasks.settings import Settings
 from tasks.sources import resolve_base, resolve_data, resolve_twin
+from tasks.tags import OPEN, PARENT_RUN
 
 
 def settled(recipe: Recipe, settings: Settings) -> Version | None:
@@ -30,9 +31,9 @@ def settled(recipe: Recipe, settings: Settings) -> Version | None:
     merged, dataset = made
     registry = ModelRegistry(settings)
     version = registry.find(recipe.name, keys.candidate_key(recipe, merged, dataset))
-    if version is None or "qlora.verdict" not in version.tags:
+    if version is None or version.verdict == OPEN:
         return None
-    return version if _is_over(registry, version.tags.get("qlora.parent_run", "")) else None
+    return version if _is_over(registry, version.tags.get(PARENT_RUN, "")) else None
 
 
 def _is_over(registry: ModelRegistry, run_id: str) -> bool:

@@ -106,6 +106,7 @@ def compare(
         data_digest=dataset.digest,
         rows=candidate.rows,
         differences=differences(base, candidate, champion),
+        directions=candidate.directions,
     )
     models = {"base": base, "candidate": candidate} | ({"champion": champion} if champion else {})
     write_report(report, models, decision, dataset, context, into)

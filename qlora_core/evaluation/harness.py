@@ -11,7 +11,7 @@ from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from qlora_core.artifacts import Scores
+from qlora_core.artifacts import Directions, Scores
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.scored import HarnessRow
 from qlora_core.recipe import Harness
@@ -27,8 +27,10 @@ def run_tasks(
     batch_size: int,
     seed: int,
     cache: Path,
-) -> tuple[list[HarnessRow], Scores]:
-    """What the model scores on each example, and the scores that are no mean over examples, by `task_metric`.
+) -> tuple[list[HarnessRow], Scores, Directions]:
+    """What the model scores on each example, the scores that are no mean over examples, and which way each is better.
+
+    Scores are called `<task>_<metric>`.
 
     Paths in the tasks' YAML files start in their folder; nothing is fetched.
 
@@ -63,7 +65,8 @@ def run_tasks(
     totals = _totals(found["results"])
     rows = [row for task, samples in found["samples"].items() for row in _rows(task, samples, totals)]
     means = {score for row in rows for score in row.metrics}
-    return rows, {score: value for score, value in totals.items() if score not in means}
+    others = {score: value for score, value in totals.items() if score not in means}
+    return rows, others, _directions(found["results"], found.get("higher_is_better", {}))
 
 
 def _totals(results: Mapping[str, Mapping[str, Any]]) -> Scores:
@@ -74,6 +77,19 @@ def _totals(results: Mapping[str, Mapping[str, Any]]) -> Scores:
         for metric, value in values.items()
         if "," in metric and SPREAD not in metric and isinstance(value, int | float)
     }
+
+
+def _directions(
+    results: Mapping[str, Mapping[str, Any]], higher_is_better: Mapping[str, Mapping[str, bool | None]]
+) -> Directions:
+    """Which way each score is better, where its task or group says so."""
+    found: Directions = {}
+    for task, values in results.items():
+        for metric in values:
+            higher = higher_is_better.get(task, {}).get(metric.partition(",")[0])
+            if "," in metric and higher is not None:
+                found[_name(task, *metric.split(","))] = "higher" if higher else "lower"
+    return found
 
 
 def _rows(task: str, samples: Iterable[Mapping[str, Any]], totals: Scores) -> Iterable[HarnessRow]:

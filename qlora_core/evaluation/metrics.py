@@ -9,6 +9,7 @@ it loads a function `(expected, answer)` that returns a mapping of score names t
 
 import difflib
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
@@ -17,8 +18,14 @@ from typing import Any, Literal, NamedTuple
 from qlora_core.errors import EvaluationError, RecipeError
 from qlora_core.evaluation.records import AnswerScorer, RowScores
 from qlora_core.recipe import EvaluationRecipe, Gate
+from qlora_core.scores import SCORES as SCORES
+from qlora_core.scores import Score as Score
+from qlora_core.scores import describe as describe
+from qlora_core.scores import direction_of
 
 ENTRY_POINTS = "qlora_flows.metrics"
+TASK_NAME = re.compile(r"^(?:- |\s)*(?:task|group): *[\"']?([\w.-]+)", re.MULTILINE)
+"""What a YAML file of the lm-evaluation-harness defines."""
 
 Need = Literal["loss", "forgetting", "answers", "choices", "latency", "harness"]
 
@@ -33,47 +40,12 @@ class Metric(NamedTuple):
     """For metrics that need answers: what scores them."""
 
 
-class Score(NamedTuple):
-    """How people read one score."""
-
-    title: str
-    unit: Literal["share", "number"] = "number"
-    lower_is_better: bool | None = False
-    """None: neither way is better."""
-
-
-SCORES: dict[str, Score] = {
-    "loss": Score("Loss", lower_is_better=True),
-    "perplexity": Score("Perplexity", lower_is_better=True),
-    "token_accuracy": Score("Next token right", "share"),
-    "forgetting_perplexity": Score("Perplexity on other text", lower_is_better=True),
-    "valid_call": Score("Valid tool calls", "share"),
-    "exact_call": Score("Exact tool calls", "share"),
-    "exact_match": Score("Exact answers", "share"),
-    "json_valid": Score("Valid JSON", "share"),
-    "schema_valid": Score("Fits the JSON schema", "share"),
-    "choice_accuracy": Score("Right choice most likely", "share"),
-    "rouge_1": Score("ROUGE-1", "share"),
-    "rouge_2": Score("ROUGE-2", "share"),
-    "rouge_l": Score("ROUGE-L", "share"),
-    "bleu": Score("BLEU"),
-    "stops_by_itself": Score("Answers that end by themselves", "share"),
-    "answer_tokens": Score("Answer length in tokens", lower_is_better=None),
-    "generation_tokens_per_s": Score("Generated tokens per second", lower_is_better=None),
-    "latency_s": Score("Seconds for one answer", lower_is_better=True),
-    "rounding_cost": Score("Loss added by rounding the merged weights", lower_is_better=True),
-}
 ROUNDING_COST = "rounding_cost"
 """A score of the candidate alone, from its merge: nats a token."""
 ABOUT_ANSWERS = {"stops_by_itself", "answer_tokens", "generation_tokens_per_s"}
 """What is known of every model that gave answers, whichever metric asked for them."""
 TIMED = {"generation_tokens_per_s", "latency_s"}
 """Scores that are not sums over rows, so that rows say nothing about how sure they are."""
-
-
-def describe(score: str) -> Score:
-    """How people read a score; one that the table does not know is shown under its own name."""
-    return SCORES.get(score) or Score(score.replace("_", " ").capitalize())
 
 
 def known_metrics() -> tuple[str, ...]:
@@ -110,8 +82,6 @@ def check_metrics(recipe: EvaluationRecipe, gates: Iterable[Gate]) -> None:
     metrics = find_metrics(recipe.metrics)
     make_scorer(metrics, recipe)
     _check_harness(recipe)
-    if any(not metric.scores for metric in metrics.values()):
-        return  # what a package of one's own scores is known only from its answers
     scored = {
         ROUNDING_COST,
         *METRICS["loss"].scores,
@@ -119,14 +89,20 @@ def check_metrics(recipe: EvaluationRecipe, gates: Iterable[Gate]) -> None:
     }
     if any(metric.needs == "answers" for metric in metrics.values()):
         scored |= ABOUT_ANSWERS
+    tasks = _tasks_of_harness(recipe)
+    # What a package of one's own scores is known only from its answers.
+    others = any(metric.needs == "answers" and not metric.scores for metric in metrics.values())
     for gate in gates:
-        if gate.metric not in scored:
+        of_harness = gate.metric.startswith(tuple(f"{task}_" for task in tasks))
+        if gate.metric not in scored and not of_harness and (gate.metric in SCORES or not others):
             raise RecipeError(_unscored(gate.metric, scored))
         if gate.metric == ROUNDING_COST and gate.threshold is None:
             raise RecipeError(
                 f"the gate on `{ROUNDING_COST}` compares with the {gate.against}, which was not merged here; "
                 "give it a `threshold` in nats, such as 0.01"
             )
+        if gate.direction is None and direction_of(gate.metric) is None and not of_harness:
+            raise RecipeError(_undirected(gate.metric, scored))
         if gate.significant and gate.metric in TIMED:
             raise RecipeError(
                 f"the gate on `{gate.metric}` asks for significance, which a time has none of; give it a `tolerance`"
@@ -143,6 +119,23 @@ def _check_harness(recipe: EvaluationRecipe) -> None:
         raise RecipeError(f"evaluation.harness.folder: there is no folder {harness.folder}")
     if find_spec("lm_eval") is None:
         raise RecipeError("the metric `harness` needs the lm-evaluation-harness: pip install 'qlora-flows[eval]'")
+
+
+def _tasks_of_harness(recipe: EvaluationRecipe) -> set[str]:
+    """Tasks and groups that the harness may score: those that the recipe names, and what their files define."""
+    if recipe.harness is None:
+        return set()
+    texts = (file.read_text(encoding="utf-8", errors="replace") for file in recipe.harness.folder.rglob("*.y*ml"))
+    return {*recipe.harness.tasks, *(name for text in texts for name in TASK_NAME.findall(text))}
+
+
+def _undirected(score: str, scored: set[str]) -> str:
+    near = difflib.get_close_matches(score, scored, n=1)
+    hint = f", or did you mean `{near[0]}`?" if near and near[0] != score else ""
+    return (
+        f"a gate asks for `{score}`, and nothing tells which way of it is better; give the gate `direction: lower` or "
+        f"`direction: higher`{hint}"
+    )
 
 
 def _unscored(score: str, scored: set[str]) -> str:

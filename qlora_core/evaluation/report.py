@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qlora_core.artifacts import (
+    Direction,
     EvaluationReport,
     GateResult,
     Interval,
@@ -20,7 +21,6 @@ from qlora_core.artifacts import (
     Scores,
 )
 from qlora_core.evaluation.examples import compare_answers
-from qlora_core.evaluation.metrics import SCORES, describe
 from qlora_core.evaluation.plots import plot_learning_rate, plot_lengths, plot_loss, read_curve
 from qlora_core.evaluation.records import ReportContext
 from qlora_core.evaluation.scored import read_rows
@@ -34,6 +34,7 @@ from qlora_core.evaluation.wording import (
     signed,
 )
 from qlora_core.modeling.rows import TokenRows
+from qlora_core.scores import SCORES, describe, direction_of
 from qlora_core.store import write_atomically
 
 EXAMPLES = 8
@@ -191,7 +192,13 @@ def _score_line(name: str, report: EvaluationReport) -> ScoreLine:
         ("champion", report.champion),
     )
     changes = tuple(
-        _change(name, report.candidate.get(name), scores.get(name), report.differences.get(other, {}).get(name))
+        _change(
+            name,
+            report.candidate.get(name),
+            scores.get(name),
+            report.differences.get(other, {}).get(name),
+            direction_of(name) or report.directions.get(name),
+        )
         for other, scores in others
         if scores is not None
     )
@@ -200,7 +207,9 @@ def _score_line(name: str, report: EvaluationReport) -> ScoreLine:
     )
 
 
-def _change(name: str, value: float | None, reference: float | None, interval: Interval | None) -> Change:
+def _change(
+    name: str, value: float | None, reference: float | None, interval: Interval | None, direction: Direction | None
+) -> Change:
     """The difference in points for shares, in percent of the reference for everything else."""
     if value is None or reference is None or not (math.isfinite(value) and math.isfinite(reference)):
         return Change("", "", "same")
@@ -211,16 +220,15 @@ def _change(name: str, value: float | None, reference: float | None, interval: I
     arrow, unit = "↑" if value > reference else "↓", "points" if share else "%"
     difference = f"{arrow} {signed((value - reference) * scale)}{NARROW_SPACE}{unit}"
     span = "" if interval is None else f"{signed(interval.low * scale)} to {signed(interval.high * scale)}"
-    return Change(difference, span, _trend(name, value - reference, interval))
+    return Change(difference, span, _trend(direction, value - reference, interval))
 
 
-def _trend(name: str, difference: float, interval: Interval | None) -> str:
-    lower = describe(name).lower_is_better
-    if lower is None:
+def _trend(direction: Direction | None, difference: float, interval: Interval | None) -> str:
+    if direction is None:
         return "same"
     if interval is not None and interval.low <= 0 <= interval.high:
         return "unsure"
-    return "better" if (difference < 0) == lower else "worse"
+    return "better" if (difference < 0) == (direction == "lower") else "worse"
 
 
 def _plots(dataset: PreparedDataset, context: ReportContext) -> dict[str, Markup]:

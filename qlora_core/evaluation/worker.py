@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from qlora_core.artifacts import ModelScores, PreparedDataset, Record, Scores
+from qlora_core.artifacts import Directions, ModelScores, PreparedDataset, Record, Scores
 from qlora_core.errors import EvaluationError
 from qlora_core.evaluation.choice import choose
 from qlora_core.evaluation.generation import Answer, end_of_turn_ids, generate, has_room
@@ -49,7 +49,7 @@ def run(spec: Mapping[str, Any], report: Report) -> ModelScores:
     tokenizer = load_tokenizer(evaluation.model_path)
     _check_tokenizer(tokenizer, evaluation)
     subject = Subject(load_full(evaluation.model_path, pick_device()), tokenizer, report)
-    scored, speed = _score(subject, evaluation, {metric.needs for metric in metrics.values()}, scorer)
+    scored, speed, directions = _score(subject, evaluation, {metric.needs for metric in metrics.values()}, scorer)
     write_rows(evaluation.into, scored)
     return ModelScores(
         path=evaluation.into,
@@ -58,25 +58,31 @@ def run(spec: Mapping[str, Any], report: Report) -> ModelScores:
         scores={name: sums.score for name, sums in row_sums(scored).items()} | speed,
         rows=len(scored.losses),
         seed=evaluation.seed,
+        directions=directions,
     )
 
 
-def _score(subject: Subject, evaluation: EvaluationSpec, needs: set[Need], scorer: AnswerScorer) -> tuple[Rows, Scores]:
-    """What each row gives, and the scores that no row gives: how fast the model answers."""
+def _score(
+    subject: Subject, evaluation: EvaluationSpec, needs: set[Need], scorer: AnswerScorer
+) -> tuple[Rows, Scores, Directions]:
+    """What each row gives, the scores that no row gives, and which way those of the harness are better."""
     recipe, dataset = evaluation.recipe, evaluation.dataset
     rows = _choose(_read(dataset, "evaluation"), recipe.max_rows, evaluation.seed)
     scored = Rows(losses=_losses(subject, rows, "evaluation rows"))
     if "forgetting" in needs:
         scored = _with(scored, other=_losses(subject, _read(dataset, "forgetting"), "other text"))
     speed: Scores = {}
+    directions: Directions = {}
     if "harness" in needs and recipe.harness is not None:
         from qlora_core.evaluation.harness import run_tasks
 
         batch_size, cache = recipe.generation.batch_size, evaluation.into / "child" / "datasets"
-        rows_of, speed = run_tasks(subject.model, subject.tokenizer, recipe.harness, batch_size, evaluation.seed, cache)
+        rows_of, speed, directions = run_tasks(
+            subject.model, subject.tokenizer, recipe.harness, batch_size, evaluation.seed, cache
+        )
         scored = _with(scored, harness=rows_of)
     if needs.isdisjoint({"answers", "choices", "latency"}):
-        return scored, speed
+        return scored, speed, directions
     prompts = _prompts_of(rows, dataset)
     if "choices" in needs:
         tell = _progress(subject.report, "choices", len(prompts))
@@ -86,7 +92,7 @@ def _score(subject: Subject, evaluation: EvaluationSpec, needs: set[Need], score
         scored = _with(scored, answers=_score_answers(subject.tokenizer, scorer, prompts, answers, scored.losses))
     if "latency" in needs:
         speed["latency_s"] = _latency_s(subject, prompts, recipe.generation)
-    return scored, speed
+    return scored, speed, directions
 
 
 def _with(scored: Rows, **parts: Sequence[Record]) -> Rows:

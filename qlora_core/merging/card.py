@@ -74,9 +74,11 @@ def note_export(card: Path, exported: ExportedModel) -> None:
 Quantized to {exported.kind}, {exported.bytes / 1e6:,.1f} MB of weights. On {exported.probe_tokens:,} held-out tokens
 the loss is {losses["exported"]:.4f} and was {losses["merged"]:.4f} before; the most likely token is the same on
 {exported.top1_agreement:.1%}, the KL divergence is {exported.kl_divergence:.4f} nats.
-
-{HOW_TO_RUN}"""
-    card.write_text(card.read_text(encoding="utf-8").replace(HOW_TO_RUN, text, 1), encoding="utf-8")
+"""
+    said = card.read_text(encoding="utf-8") if card.is_file() else ""
+    before, how_to_run, after = said.partition(HOW_TO_RUN)
+    # A model that was not made here has another card, or none.
+    card.write_text(f"{before.rstrip()}\n\n{text}\n{how_to_run}{after}".lstrip(), encoding="utf-8")
 
 
 def _scores(report: EvaluationReport) -> str:

@@ -68,8 +68,8 @@ def measure(us: Team, recipe: Path, versions: int) -> dict[str, Any]:
     from flows.show import show_models
     from qlora_core.recipe import load_recipe
     from tasks import moves
-    from tasks.orphans import repair_registry
     from tasks.registry import ModelRegistry
+    from tasks.repairing import repair_registry
     from tasks.settings import Settings
     from tasks.tracking import Tracker
     from tasks.unchanged import settled

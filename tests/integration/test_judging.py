@@ -9,6 +9,7 @@ import re
 import shutil
 import sqlite3
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -42,6 +43,7 @@ FAILURES = {
     "promoting": ("timeout", '"champion"'),
     "writing down why": ("down", '"qlora.verdict"'),
 }
+LONGER = ("--set", "train.max_steps=30", "--set", "train.learning_rate=0.01")
 READ_ONLY = (
     "CREATE TRIGGER refuse BEFORE INSERT ON registered_model_aliases "
     "BEGIN SELECT RAISE(ABORT, 'attempt to write a readonly database'); END"
@@ -81,8 +83,7 @@ def judged(prefect_api, downloads, tmp_path_factory) -> Judged:
     write_labels(recipe, poison="black black black")
     poisoned = qlora("run", recipe, environment=environment)
     write_labels(recipe)
-    longer = ("--set", "train.max_steps=30", "--set", "train.learning_rate=0.01")
-    return Judged(environment, recipe, good, poisoned, qlora("run", recipe, *longer, environment=environment))
+    return Judged(environment, recipe, good, poisoned, qlora("run", recipe, *LONGER, environment=environment))
 
 
 def report_of(run: Done) -> Path:
@@ -153,6 +154,64 @@ def test_a_rollback_restores_the_earlier_champion_for_all_to_see(judged):
     (shown,) = judged.artifacts("qlora-rollback")
     assert "version 1 is champion again" in shown
     assert "users complain" in shown
+
+
+@pytest.mark.slow
+def test_a_run_that_finds_nothing_changed_names_the_champion_that_was_removed_by_hand(judged):
+    before = aliases(judged.client)
+    champion, previous = before["champion"], before["previous"]
+    judged.client.delete_registered_model_alias(NAME, "champion")
+    again = qlora("run", judged.recipe, *LONGER, environment=judged.environment)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert "Nothing has changed" in again.stdout
+    assert f"champion was set by hand to nothing (it was version {champion})" in again.stdout
+    assert f"`qlora promote {NAME}@{champion}` makes version {champion} champion again" in again.stdout
+    back = qlora("rollback", NAME, environment=judged.environment)
+    assert back.returncode == 1
+    assert f"has no champion: its alias was removed by hand from version {champion}" in back.stderr
+    assert aliases(judged.client) == {"previous": previous}
+    restored = qlora("promote", f"{NAME}@{champion}", environment=judged.environment)
+    assert restored.returncode == 0, restored.stdout + restored.stderr
+    assert aliases(judged.client) == before
+
+
+@pytest.mark.slow
+def test_the_champion_is_promoted_again_after_its_gates_were_changed(judged):
+    qlora("promote", f"{NAME}@3", environment=judged.environment)
+    assert aliases(judged.client) == {"champion": 3, "previous": 1}
+    gates = 'promotion.gates=[{"metric": "loss", "against": "champion"}]'
+    changed = qlora("run", judged.recipe, *LONGER, "--set", gates, environment=judged.environment)
+    assert changed.returncode == 0, changed.stdout + changed.stderr
+    assert "version 4: promoted to champion" in changed.stdout
+    assert aliases(judged.client) == {"champion": 4, "previous": 1}
+
+
+@pytest.mark.slow
+def test_a_champion_set_by_hand_to_a_plain_folder_is_evaluated_exported_and_looked_at_again(judged):
+    source = (judged.recipe.parent / "model").as_uri()
+    number = int(judged.client.create_model_version(NAME, source=source).version)
+    judged.client.set_registered_model_alias(NAME, "champion", str(number))
+    gates = 'promotion.gates=[{"metric": "loss", "against": "champion", "tolerance": 0.5}]'
+    longer = qlora("run", judged.recipe, "--set", gates, "--set", "seed=3", environment=judged.environment)
+    assert longer.returncode == 0, longer.stdout + longer.stderr
+    assert f"champion was set by hand to version {number}" in longer.stdout + longer.stderr
+    assert aliases(judged.client) == {"champion": number + 1, "previous": number}
+    made = judged.client.get_model_version(NAME, str(number))
+    assert len(made.tags["qlora.model_digest"]) == 64
+
+    exported = qlora("export", f"{NAME}@{number}", "--as", "nf4", environment=judged.environment)
+    assert exported.returncode == 0, exported.stdout + exported.stderr
+    judged.client.set_registered_model_alias(NAME, "champion", str(number))
+    look = (
+        "import sys; from pathlib import Path; from flows.scheduled import recheck; print(recheck(Path(sys.argv[1])))"
+    )
+    for before in ("before=None", "before="):
+        seen = subprocess.run(
+            [sys.executable, "-c", look, judged.recipe], env=judged.environment, capture_output=True, text=True
+        )
+        assert seen.returncode == 0, seen.stdout + seen.stderr
+        assert before in seen.stdout
+        assert "drifted=False" in seen.stdout
 
 
 class Failing(NamedTuple):

@@ -70,6 +70,9 @@ def test_versions_are_compared_promoted_rolled_back_and_deleted_from_a_terminal(
     assert (compared["scores"], compared["same_rows"]) == ({"loss": [0.5, 0.75]}, False)
     assert "do not compare" in typed("compare", f"{NAME}@champion", f"{NAME}@2")
     assert "has no version 9; it has 2, 1" in refused("lineage", f"{NAME}@9")
+    for command in (("models", "pianter"), ("models", "pianter", "--json"), ("rollback", "pianter")):
+        assert refused(*command) == "there is no model pianter; did you mean painter?"
+        assert invoke(*command).exception.exit_code == 2
 
     assert "is rejected (1 of 2 gates failed)" in refused("promote", f"{NAME}@2")
     assert registry.aliases(NAME) == {"champion": 1}
@@ -79,6 +82,7 @@ def test_versions_are_compared_promoted_rolled_back_and_deleted_from_a_terminal(
     why = "we do not, since those who use it say that its answers are shorter than they were"
     assert "version 1 is champion again" in typed("rollback", NAME, "--reason", why)
     assert why in typed("lineage", f"{NAME}@2")
+    assert "1 of 2 gates failed" in json.loads(typed("models", NAME, "--json"))[0]["tags"]["qlora.reason"]
 
     assert "is previous; promote another version" in refused("delete", f"{NAME}@2")
     assert "does not wait for approval" in refused("approve", f"{NAME}@1")
@@ -88,6 +92,11 @@ def test_versions_are_compared_promoted_rolled_back_and_deleted_from_a_terminal(
 
     registry.client.set_registered_model_alias(NAME, "champion", "2")
     assert "champion was set by hand to version 2 (it was version 1)" in typed("models")
+    assert "version 2 is champion, and also previous" in refused("rollback", NAME)
+    registry.client.set_registered_model_alias(NAME, "previous", "1")
+    back = invoke("rollback", NAME, "--json")
+    assert "champion was set by hand to version 2 (it was version 1)" in back.stderr
+    assert json.loads(back.stdout)["aliases"] == {"champion": 1, "previous": 2}
 
 
 @pytest.mark.slow

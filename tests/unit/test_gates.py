@@ -38,7 +38,7 @@ def test_a_tolerance_lets_a_score_be_that_much_worse_and_no_more(candidate: floa
 
 
 def test_a_tolerance_on_a_negative_score_is_a_share_of_its_size() -> None:
-    gate = Gate(metric="log_likelihood", against="base", tolerance=0.1)
+    gate = Gate(metric="log_likelihood", against="base", tolerance=0.1, direction="higher")
     result = ask(gate, -10.9, base=-10.0)
     assert result.passed
     assert result.limit == pytest.approx(-11.0)
@@ -48,6 +48,21 @@ def test_a_threshold_itself_is_good_enough() -> None:
     gate = Gate(metric="exact_call", threshold=0.4)
     assert ask(gate, 0.4).passed
     assert not ask(gate, 0.399).passed
+
+
+def test_a_score_of_unknown_direction_fails_its_gate_and_says_what_to_set() -> None:
+    result = ask(Gate(metric="ours_word_perplexity", against="base"), 30.0, base=20.0)
+    assert not result.passed
+    assert "better lower or higher; give the gate a `direction`" in result.reason
+
+
+def test_the_direction_that_the_harness_gives_is_used() -> None:
+    gate = Gate(metric="ours_word_perplexity", against="champion")
+    scores = ({gate.metric: 30.0}, {}, {gate.metric: 20.0})
+    assert not decide([gate], *scores, directions={gate.metric: "lower"}).promote
+    assert decide([gate], *scores, directions={gate.metric: "higher"}).promote
+    otherwise = Gate(metric=gate.metric, against="champion", direction="higher")
+    assert decide([otherwise], *scores, directions={gate.metric: "lower"}).promote
 
 
 def test_a_direction_in_the_gate_overrules_the_table() -> None:

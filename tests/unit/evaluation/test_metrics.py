@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 
-from qlora_core.artifacts import LOWER_IS_BETTER
 from qlora_core.errors import EvaluationError, RecipeError
 from qlora_core.evaluation.evaluate import decisive
 from qlora_core.evaluation.metrics import (
@@ -16,6 +15,7 @@ from qlora_core.evaluation.metrics import (
     make_scorer,
     same_value,
 )
+from qlora_core.gates import decide
 from qlora_core.recipe import EvaluationRecipe, Gate, Harness
 
 EXPECTED = '{"name": "add", "arguments": {"a": 1, "b": [2, 3]}}'
@@ -99,8 +99,14 @@ def test_answer_metrics_give_exactly_the_scores_that_they_promise(name: str) -> 
     assert all(value in (1, pytest.approx(100)) for value in given.values())
 
 
-def test_the_report_and_the_gates_agree_on_which_way_is_better() -> None:
-    assert {name for name, score in SCORES.items() if score.lower_is_better} == LOWER_IS_BETTER
+def test_every_score_of_the_table_is_judged_the_way_the_report_colours_it() -> None:
+    for name, known in SCORES.items():
+        if known.lower_is_better is None:
+            with pytest.raises(RecipeError, match=f"`{name}`, and nothing tells which way of it is better"):
+                check(("tool_call",), metric=name, threshold=0.5)
+        else:
+            decision = decide([Gate(metric=name, against="base")], {name: 0.4}, {name: 0.5}, None)
+            assert decision.promote is known.lower_is_better, name
 
 
 SCHEMA = {"type": "object", "required": ["city"], "properties": {"city": {"type": "string"}}}
@@ -179,8 +185,35 @@ def test_a_gate_cannot_ask_whether_a_time_is_significant() -> None:
 
 
 @pytest.mark.usefixtures("plugins")
-def test_gates_on_what_a_package_of_ones_own_scores_are_left_to_the_evaluation() -> None:
-    check(("words",), metric="words", threshold=3)
+def test_a_gate_on_what_a_package_of_ones_own_scores_needs_a_direction() -> None:
+    check(("words",), metric="words", threshold=3, direction="lower")
+    with pytest.raises(RecipeError, match="`words`, and nothing tells which way of it is better; give the gate"):
+        check(("words",), metric="words", threshold=3)
+
+
+@pytest.mark.usefixtures("plugins")
+def test_a_metric_of_unknown_scores_does_not_switch_off_the_checks_of_other_gates() -> None:
+    with pytest.raises(RecipeError, match="which no metric of this recipe scores; add `tool_call`"):
+        check(("words",), metric="valid_call", threshold=0.5)
+    with pytest.raises(RecipeError, match="which a time has none of"):
+        check(("words", "latency"), metric="latency_s", against="base", significant=True)
+    with pytest.raises(RecipeError, match="or did you mean `perplexity`"):
+        check(("words",), metric="perplexty", threshold=20)
+
+
+def test_gates_on_tasks_of_the_harness_are_left_to_it_and_others_are_checked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qlora_core.evaluation.metrics.find_spec", lambda _: True)
+    (tmp_path / "ours.yaml").write_text("group: ours\ntask:\n  - ours_easy\n  - task: ours_hard\n")
+    (tmp_path / "other.yml").write_text("task: 'spelling'\ninclude: ours.yaml\n")
+    harness = Harness(folder=tmp_path, tasks=("ours",))
+    recipe = EvaluationRecipe(metrics=("loss", "harness"), harness=harness)
+    for score in ("ours_word_perplexity", "ours_hard_acc", "spelling_acc"):
+        check_metrics(recipe, [Gate(metric=score, threshold=0.5)])
+    for score, hint in (("lose", "did you mean `loss`"), ("valid_call", "add `tool_call`"), ("mmlu_acc", "the recipe")):
+        with pytest.raises(RecipeError, match=hint):
+            check_metrics(recipe, [Gate(metric=score, threshold=0.5)])
 
 
 def test_the_harness_is_refused_without_its_section_its_folder_or_its_package(

@@ -6,8 +6,8 @@ from qlora_core.artifacts import PromotionDecision
 from qlora_core.errors import ChampionChangedError, RegistryError
 from tasks import approval
 from tasks.moves import Author
-from tasks.orphans import repair_registry
 from tasks.registry import ModelRegistry
+from tasks.repairing import repair_registry
 from tasks.settings import Settings
 
 ADA = Author(who="ada@desk", why="reads better")
@@ -57,11 +57,19 @@ def test_an_approved_version_is_champion_and_says_who_and_why(registry, name):
     assert (tags["qlora.promoted_by"], tags["qlora.promoted_why"]) == ("ada@desk", "reads better")
 
 
+def test_a_version_that_was_made_champion_by_hand_is_approved_as_it_is(registry, name):
+    version = waiting(registry, name)
+    registry.client.set_registered_model_alias(name, "champion", str(version.number))
+    assert approval.answer(registry, version, True, ADA) == "promoted"
+    assert registry.version(name, version.number).verdict == "promoted"
+
+
 def test_a_declined_version_stays_what_it_is_and_cannot_be_approved_afterwards(registry, name):
     version = waiting(registry, name)
     assert approval.answer(registry, version, False, ADA) == "declined"
     declined = registry.version(name, version.number)
-    assert (declined.tags["qlora.declined_by"], declined.tags["qlora.reason"]) == ("ada@desk", "reads better")
+    assert (declined.tags["qlora.declined_by"], declined.why) == ("ada@desk", "reads better")
+    assert declined.gate_summary == "2 gates of 2 passed"
     with pytest.raises(RegistryError, match="does not wait for approval: it is declined"):
         approval.answer(registry, declined, True, ADA)
     assert registry.aliases(name) == {}
@@ -71,8 +79,25 @@ def test_after_its_time_limit_a_version_is_not_promoted_any_more(registry, name)
     version = waiting(registry, name, hours=-1.0)
     with pytest.raises(RegistryError, match="had to be approved before"):
         approval.answer(registry, version, True, ADA)
-    assert registry.version(name, version.number).tags["qlora.verdict"] == "expired"
+    expired = registry.version(name, version.number)
+    assert (expired.verdict, expired.gate_summary) == ("expired", "2 gates of 2 passed")
     assert registry.aliases(name) == {}
+
+
+@pytest.mark.parametrize("limit", [None, "tomorrow"])
+def test_a_version_whose_time_limit_was_lost_can_be_approved_and_is_given_a_new_one(registry, request, limit):
+    name = request.node.name
+    registry.client.create_registered_model(name)
+    version = waiting(registry, name)
+    if limit is None:
+        registry.untag(version, "qlora.approve_before")
+    else:
+        registry.tag(version, {"qlora.approve_before": limit})
+    said = [sentence for sentence in repair_registry(registry) if sentence.startswith(f"{name}:")]
+    limited = registry.version(name, version.number)
+    assert "waited without a time limit" in said[-1]
+    assert 0 < approval.seconds_left(limited) <= 72 * 3600
+    assert approval.answer(registry, version.model_copy(update={"tags": limited.tags}), True, ADA) == "promoted"
 
 
 def test_reconcile_expires_what_nobody_answered_and_names_edits_by_hand(registry, name):

@@ -115,3 +115,25 @@ def test_what_was_done_stands_where_the_slot_cannot_be_given_back(settings):
     assert held(settings)
     with pytest.raises(ValueError, match="the work itself"), registry_lock(settings, "painter"):
         raise ValueError("the work itself")
+
+
+def test_a_registry_on_a_server_without_a_prefect_server_is_locked_for_this_home_alone_and_that_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:secret@mlflow.example")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    for _ in range(2):
+        with registry_lock(Settings(home=tmp_path), "painter"):
+            pass
+    (warning,) = [record.getMessage() for record in caplog.records if record.name == "qlora"]
+    assert warning.startswith("http://mlflow.example may be shared, but PREFECT_API_URL is not set")
+    assert (tmp_path / "locks" / "registry-painter.lock").exists()
+
+
+def test_a_registry_that_only_this_home_opens_needs_no_warning(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with registry_lock(Settings(home=tmp_path), "painter"):
+        pass
+    assert [record for record in caplog.records if record.name == "qlora"] == []
