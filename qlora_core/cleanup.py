@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 
 from qlora_core.artifacts import Record
 from qlora_core.inventory import Item, inventory, needed
-from qlora_core.store import MANIFEST, Store, discard
+from qlora_core.store import Store
 
 RECENT = "a recent use"
 
@@ -35,6 +35,7 @@ def clean_up(store: Store, unused_days: float, roots: Mapping[str, str] | None =
         unused_days: how long since the last use; 0 removes all that is not in use now.
         roots: digests and fingerprints of what must stay whatever its age, with all that it was made from.
     """
+    store.empty_trash()
     items = unneeded(inventory(store), unused_days, roots or {})
     freed = [_remove(store, item) for item in items]
     return Freed(folders=sum(size is not None for size in freed), bytes=sum(size or 0 for size in freed))
@@ -52,8 +53,7 @@ def _remove(store: Store, item: Item) -> int | None:
     (store.root / "locks").mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(store.root / "locks" / f"{item.lock}.lock", timeout=0):
-            (item.path / MANIFEST).unlink(missing_ok=True)  # first: without it a folder is no artifact
-            discard(item.path)
+            store.remove(item.path)
             return item.bytes
     except Timeout:
         return None

@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from qlora_core.artifacts import Record
 from qlora_core.store import MANIFEST, Store, sha256_of_file
 
-NOT_STAGES = ("work", "locks")
+NOT_STAGES = ("work", "locks", "trash")
 DAY_S = 86400
 ABOUT_OTHERS = {"scores": "model_digest", "match": "quantized_digest"}
 """Stages whose artifacts only say something about another one, and are needed as long as that is."""
