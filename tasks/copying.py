@@ -7,9 +7,10 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from qlora_core.errors import RegistryError
+from tasks.processes import this_process
 from tasks.registry import ModelRegistry, Version
 from tasks.settings import without_secrets
-from tasks.tracking import Tracker, this_process
+from tasks.tracking import Tracker
 
 REPORT_FILES = ("report.html", "report.json", "recipe.json")
 HERE_ONLY = (

@@ -15,9 +15,10 @@ from prefect.states import Completed, Crashed
 
 from tasks.approval import expire_all
 from tasks.moves import MOVE, edits_of, repair
+from tasks.processes import is_process, owner_is_alive, runs_here, this_process
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
-from tasks.tracking import Tracker, is_process, owner_is_alive, runs_here, this_process
+from tasks.tracking import Tracker
 
 GONE = "its process is gone; a new run goes on where it stopped"
 AWAY = "it ended well while this server was away"
@@ -35,7 +36,7 @@ MOST_RESTARTS = 3
 def end_orphans(tracker: Tracker) -> list[str]:
     """Set runs whose process is gone to KILLED, and their Prefect runs to Crashed; returns their MLflow ids.
 
-    A process of another machine is gone if Prefect says that its flow is over. What a deployment had started is
+    A process that cannot be seen from here is gone if Prefect says that its flow is over. What a deployment had started is
     started again, and goes on from its last checkpoint. Call it where a Prefect server can be reached.
     """
     orphans = [run for run in tracker.open_runs() if _is_orphan(run) and _is_orphan_still(tracker, run)]
@@ -75,12 +76,12 @@ def _is_orphan(run: Run) -> bool:
     tags = run.data.tags
     if not owner_is_alive(tags.get("qlora.owner", "")):
         return True
-    if runs_here(tags["qlora.owner"]):
+    if runs_here(tags["qlora.owner"]) or "prefect.flow_run_id" not in tags:
         return False
     with get_client(sync_client=True) as client:
         try:
             state = client.read_flow_run(UUID(tags["prefect.flow_run_id"])).state
-        except ObjectNotFound:  # another Prefect server's
+        except (ObjectNotFound, ValueError):  # another Prefect server's, or no id at all
             return False
     return state is not None and state.is_final()
 

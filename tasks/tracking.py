@@ -6,13 +6,10 @@ Runs are found again by tags, so that a retry, or the same command after a crash
     qlora.recipe     SHA-256 of the recipe, on parents
     qlora.stage      the stage's name
     qlora.key        the fingerprint of what the stage made
-    qlora.owner      host:pid:start of the process that writes the run
+    qlora.owner      the process that writes the run, as `processes.py` names it
 """
 
 import json
-import os
-import re
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -20,7 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import psutil
 from mlflow import MlflowClient
 from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, Run, RunTag, ViewType
 from mlflow.exceptions import MlflowException
@@ -32,6 +28,7 @@ from qlora_core.recipe import Recipe
 from qlora_core.store import sha256_of_json
 from qlora_core.sweep import Space
 from tasks.outbox import Outbox
+from tasks.processes import owner_is_alive, this_process
 from tasks.settings import Settings
 
 PARAM_LIMIT_CHARACTERS = 6000
@@ -295,29 +292,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, Sequence | None) else str(value)
     return {name: value.strip('"') for name, value in flat.items()}
-
-
-def this_process() -> str:
-    """What identifies this process until it ends, even when its number is used again."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
-
-
-def is_process(owner: str) -> bool:
-    """Whether a text names a process as `this_process` does."""
-    return re.fullmatch(r"[^:]+:\d+:\d+\.\d\d", owner) is not None
-
-
-def owner_is_alive(owner: str) -> bool:
-    """Whether the process that owns a run still runs; one on another host is taken to."""
-    if not runs_here(owner):
-        return bool(owner)
-    _, pid, started = owner.split(":")
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" == started
-    except (psutil.NoSuchProcess, ValueError):
-        return False
-
-
-def runs_here(owner: str) -> bool:
-    """Whether the process that owns a run is one of this machine."""
-    return owner.partition(":")[0] == socket.gethostname()
