@@ -36,8 +36,8 @@ MOST_RESTARTS = 3
 def end_orphans(tracker: Tracker) -> list[str]:
     """Set runs whose process is gone to KILLED, and their Prefect runs to Crashed; returns their MLflow ids.
 
-    A process that cannot be seen from here is gone if Prefect says that its flow is over. What a deployment had started is
-    started again, and goes on from its last checkpoint. Call it where a Prefect server can be reached.
+    A process that cannot be seen from here is gone if Prefect says that its flow is over. What a deployment had started
+    is started again, and goes on from its last checkpoint. Call it where a Prefect server can be reached.
     """
     orphans = [run for run in tracker.open_runs() if _is_orphan(run) and _is_orphan_still(tracker, run)]
     for run in orphans:

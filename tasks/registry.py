@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_core.artifacts import Record
 from qlora_core.errors import RegistryError, shortened
+from tasks.home import open_home
 from tasks.locks import registry_lock
 from tasks.settings import Settings
 
@@ -79,6 +80,7 @@ class ModelRegistry:
 
     def __init__(self, settings: Settings, client: MlflowClient | None = None) -> None:
         self.settings = settings
+        open_home(settings)
         self.client = client or RegistryClient(settings.mlflow_uri)
 
     def models(self, filter_string: str | None = None) -> list[Model]:

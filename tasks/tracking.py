@@ -27,6 +27,7 @@ from qlora_core.events import Metrics
 from qlora_core.recipe import Recipe
 from qlora_core.store import sha256_of_json
 from qlora_core.sweep import Space
+from tasks.home import open_home
 from tasks.outbox import Outbox
 from tasks.processes import owner_is_alive, this_process
 from tasks.settings import Settings
@@ -121,8 +122,7 @@ class Tracker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        if settings.mlflow_artifacts is not None:
-            (settings.root / "mlflow").mkdir(parents=True, exist_ok=True)
+        open_home(settings)
         self.client = MlflowClient(settings.mlflow_uri)
 
     def begin(
