@@ -19,6 +19,7 @@ from qlora_core.evaluation import evaluate as evaluation
 from qlora_core.events import Report
 from qlora_core.gates import decide
 from qlora_core.recipe import Recipe
+from tasks.fetching import model_folder
 from tasks.keys import report_key, scores_key
 from tasks.progress import if_prefect_listens
 from tasks.registry import CHAMPION, PREVIOUS, ModelRegistry, Version
@@ -109,7 +110,7 @@ def _champion_scores(
     known = stage.store.find(ModelScores, "scores", scores_key(stage.retraining.recipe, digest, dataset))
     if known is not None:
         return known
-    folder = registry.fetch(champion, stage.settings.root / "champions")
+    folder = model_folder(registry, champion)
     return _scores(stage, folder, digest, dataset)
 
 

@@ -6,6 +6,7 @@ from qlora_core.artifacts import ExportedModel, PreparedDataset
 from qlora_core.errors import RegistryError
 from qlora_core.merging import export as exporting
 from qlora_core.merging.export import Kind
+from tasks.fetching import model_folder
 from tasks.keys import export_key
 from tasks.registry import ModelRegistry, Version
 from tasks.stage import Stage
@@ -26,9 +27,7 @@ def export(retraining: Retraining, version: Version, kind: Kind) -> State[Export
         state = stage.run(
             export_key(kind, digest, dataset),
             ExportedModel,
-            lambda into, report: exporting.export(
-                kind, registry.fetch(version, stage.settings.root / "champions"), digest, dataset, into, report
-            ),
+            lambda into, report: exporting.export(kind, model_folder(registry, version), digest, dataset, into, report),
             params={"kind": kind, "version": version.number},
             describe=_describe,
             line=_line,

@@ -6,6 +6,7 @@ from prefect import task
 
 from qlora_core.artifacts import ModelScores, Record
 from qlora_core.evaluation import evaluate as evaluation
+from tasks.fetching import model_folder
 from tasks.keys import scores_key
 from tasks.preflight import prepared
 from tasks.registry import ModelRegistry, Version
@@ -48,7 +49,7 @@ def recheck(retraining: Retraining, champion: Version, tolerance: float) -> Rech
         digest = champion.tags["qlora.model_digest"]
         key = scores_key(recipe, digest, dataset)
         with stage.recorded(key) as run:
-            folder = ModelRegistry(stage.settings).fetch(champion, stage.settings.root / "champions")
+            folder = model_folder(ModelRegistry(stage.settings), champion)
             scores = stage.part(
                 "scores",
                 key,

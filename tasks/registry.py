@@ -6,7 +6,9 @@ Only "does not exist" means "no champion"; any other error of the registry stops
 """
 
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,6 +21,7 @@ from mlflow.exceptions import MlflowException
 
 from qlora_core.artifacts import Record
 from qlora_core.errors import RegistryError, shortened
+from qlora_core.store import Store, discard, sha256_of_json
 from tasks.home import open_home
 from tasks.locks import registry_lock
 from tasks.settings import Settings
@@ -261,6 +264,11 @@ class ModelRegistry:
         self.client.set_model_version_tag(name, str(number), "qlora.reason", reason)
         self.client.update_model_version(name, str(number), description=f"{verdict}: {reason}")
 
+    def address(self, version: Version) -> str:
+        """Where the registry keeps the files of a version: `file:`, `s3:`, `mlflow-artifacts:`."""
+        uri: str = self.client.get_model_version_download_uri(version.name, str(version.number))
+        return uri
+
     def fetch(self, version: Version, into: Path) -> Path:
         """The model folder of a version, as plain transformers files, copied below `into` unless it is there."""
         folder = into / f"{quote(version.name, safe='')}-{version.number}-{quote(version.run_id[:8], safe='')}"
@@ -285,7 +293,7 @@ class ModelRegistry:
     def _log_model(self, name: str, run_id: str, folder: Path, example: list[dict[str, str]]) -> str:
         """Log without loading any weights; `mlflow.transformers` only knows the active run, so it is set here."""
         mlflow.set_tracking_uri(self.settings.mlflow_uri)
-        with mlflow.start_run(run_id=run_id):
+        with _copied_through(Store(self.settings.store), run_id), mlflow.start_run(run_id=run_id):
             info = mlflow.transformers.log_model(
                 transformers_model=str(folder),
                 name="model",
@@ -302,6 +310,20 @@ class ModelRegistry:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise RegistryError(f"the registry refused the name {name}: {error}") from error
+
+
+@contextmanager
+def _copied_through(store: Store, run_id: str) -> Iterator[None]:
+    """Let MLflow copy a model through the store: the folder for temporary files may be small, or in memory."""
+    with store.workspace("log", sha256_of_json({"run": run_id})) as work:
+        discard(work)
+        work.mkdir(parents=True)
+        before, tempfile.tempdir = tempfile.tempdir, str(work)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+            discard(work)
 
 
 def _model(model: RegisteredModel) -> Model:
