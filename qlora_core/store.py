@@ -154,8 +154,12 @@ class Store:
         trash = self.root / "trash"
         trash.mkdir(parents=True, exist_ok=True)
         doomed = trash / uuid4().hex
-        with suppress(FileNotFoundError):
+        try:
             folder.rename(doomed)
+        except FileNotFoundError:
+            return
+        except OSError:  # on another disk than the store
+            doomed = folder
         discard(doomed)
 
     def empty_trash(self) -> None:

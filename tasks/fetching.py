@@ -35,11 +35,14 @@ def model_folder(registry: ModelRegistry, version: Version) -> Path:
     """
     store, digest = Store(registry.settings.store), version.tags.get("qlora.model_digest", "")
     address = urlsplit(registry.address(version))
-    if address.scheme in ("", "file"):
-        return _in_place(Path(unquote(address.path)) / MODEL, version)
+    folder = Path(unquote(address.path)) / MODEL if address.scheme in ("", "file") else None
+    if folder is not None and folder.is_dir():
+        return folder
     merged = store.find_digest(MergedModel, "merge", digest) if digest else None
     if merged is not None:
         return merged.path / MODEL
+    if folder is not None:
+        raise _gone(folder, version)
 
     def fetch(into: Path) -> FetchedModel:
         shutil.rmtree(into / MODEL, ignore_errors=True)
@@ -70,10 +73,8 @@ def earlier_copies(settings: Settings) -> list[Item]:
     ]
 
 
-def _in_place(folder: Path, version: Version) -> Path:
-    if not folder.is_dir():
-        raise StoreError(
-            f"{version.name} version {version.number} is registered with files at {folder}, which are not there. Put "
-            "the folder back; if the home was moved without its folder `mlflow`, move that too; or retrain with --force"
-        )
-    return folder
+def _gone(folder: Path, version: Version) -> StoreError:
+    return StoreError(
+        f"{version.name} version {version.number} is registered with files at {folder}, which are not there. Put the "
+        "folder back (a home that is moved needs its folder mlflow too), or retrain with --force"
+    )

@@ -15,9 +15,11 @@ from qlora_core.cleanup import clean_up
 from qlora_core.errors import StoreError
 from qlora_core.inventory import inventory, needed
 from qlora_core.store import MANIFEST, Store
+from tasks.doctor import home as home_check
 from tasks.fetching import earlier_copies, model_folder
 from tasks.keeping import roots
 from tasks.registry import ModelRegistry, Version
+from tasks.serving import server_of
 from tasks.settings import Settings
 from tasks.tracking import Tracker
 from tests.tiny import write_model
@@ -89,6 +91,26 @@ def test_files_that_are_gone_are_said_to_be_gone(settings: Settings):
             model_folder(registry, version)
     finally:
         folder.with_name("elsewhere").rename(folder)
+
+
+def test_the_doctor_looks_for_the_files_of_every_alias(settings: Settings):
+    (well,) = home_check.examine(settings)
+    assert (well.status, well.found) == ("ok", str(settings.root))
+    artifacts = settings.root / "mlflow" / "artifacts"
+    artifacts.rename(artifacts.with_name("elsewhere"))
+    try:
+        found = list(home_check.examine(settings))
+    finally:
+        artifacts.with_name("elsewhere").rename(artifacts)
+    assert {check.status for check in found} == {"fail"}
+    assert any("the files of m@champion (version 1) are not at" in check.found for check in found)
+
+
+def test_a_server_knows_a_model_by_its_name_and_version(settings: Settings):
+    server = server_of("m", "127.0.0.1", 8000, settings)
+    assert server.model.startswith("m-1-")
+    assert (server.folder / server.model / "config.json").is_file()
+    assert server_of("m", "127.0.0.1", 8000, settings) == server
 
 
 def test_several_that_want_a_model_from_a_server_fetch_it_once(settings: Settings):

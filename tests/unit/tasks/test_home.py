@@ -15,6 +15,7 @@ import pytest
 
 from qlora_core.errors import StoreError
 from tasks.databases import mlflow_database, prefect_database
+from tasks.doctor import home as home_check
 from tasks.fetching import model_folder
 from tasks.home import open_home
 from tasks.processes import this_process
@@ -23,7 +24,9 @@ from tasks.settings import Settings
 from tasks.tracking import Tracker
 from tests.tiny import write_model
 
-PATIENCE_S = 400
+PATIENCE_S = 600
+MOMENTS_S = (0.0, 0.6, 3.0)
+"""After the first sign of a database; the first two broke homes for good when MLflow made it in its place."""
 
 
 @pytest.fixture(autouse=True)
@@ -63,7 +66,7 @@ def test_several_commands_at_once_on_a_home_that_does_not_exist_all_succeed(tmp_
 
 def test_a_command_that_is_killed_at_any_moment_leaves_a_home_that_the_next_one_uses(tmp_path: Path):
     """From its first folder on; the moments cover the making of the database on machines of any speed."""
-    for number, after_s in enumerate((0.0, 0.3, 0.6, 1.5, 4.0)):
+    for number, after_s in enumerate(MOMENTS_S):
         home = tmp_path / str(number)
         process = start(home, "models")
         deadline = time.monotonic() + PATIENCE_S
@@ -72,7 +75,7 @@ def test_a_command_that_is_killed_at_any_moment_leaves_a_home_that_the_next_one_
         time.sleep(after_s)
         os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    again = [start(tmp_path / str(number), "models") for number in range(5)]
+    again = [start(tmp_path / str(number), "models") for number in range(len(MOMENTS_S))]
     for process in again:
         code, said = end(process)
         assert code == 0, said
@@ -112,6 +115,40 @@ def test_a_database_with_content_is_never_made_anew(tmp_path: Path, made: Path):
     with pytest.raises(StoreError, match="a newer mlflow has written it"):
         Tracker(settings)
     assert settings.mlflow_database.read_bytes() == before
+
+
+OLD_DATABASE = """
+import sys
+from alembic import command
+from mlflow.store.db.utils import _get_alembic_config, create_sqlalchemy_engine_with_retry
+from mlflow.store.tracking.dbmodels.initial_models import Base
+from tasks.databases import mlflow_migrations
+
+engine, migrations = create_sqlalchemy_engine_with_retry(sys.argv[1]), mlflow_migrations()
+Base.metadata.create_all(engine)
+config = _get_alembic_config(sys.argv[1])
+before = migrations.get_revision(migrations.get_current_head()).down_revision
+with engine.begin() as connection:
+    config.attributes["connection"] = connection
+    command.upgrade(config, before)
+print(before)
+"""
+
+
+def test_a_database_of_an_earlier_mlflow_is_migrated_with_its_content_and_the_old_one_is_kept(tmp_path: Path):
+    settings = at(tmp_path)
+    settings.mlflow_database.parent.mkdir()
+    made = subprocess.run(
+        [sys.executable, "-c", OLD_DATABASE, settings.mlflow_uri], capture_output=True, text=True, check=True
+    )
+    before = made.stdout.split()[-1]
+    with closing(sqlite3.connect(settings.mlflow_database)) as connection, connection:
+        connection.execute(
+            "INSERT INTO experiments (name, artifact_location, lifecycle_stage) VALUES ('mine', 'file:///x', 'active')"
+        )
+    assert Tracker(settings).client.get_experiment_by_name("mine").artifact_location == "file:///x"
+    with closing(sqlite3.connect(settings.mlflow_database.with_name(f"mlflow.{before}.db"))) as connection:
+        assert connection.execute("SELECT version_num FROM alembic_version").fetchone() == (before,)
 
 
 def test_a_damaged_database_is_refused_in_words_and_left_alone(tmp_path: Path):
@@ -162,7 +199,10 @@ def test_a_home_that_was_moved_finds_its_artifacts_and_makes_no_old_path_again(t
     with_champion(old, tmp_path)
     old.rename(new)
     settings = at(new)
+    (said,) = home_check.examine(settings)
+    assert (said.status, said.found) == ("warn", f"{new} was moved or copied from {old}")
     registry = ModelRegistry(settings)
+    assert [check.status for check in home_check.examine(settings)] == ["ok"]
     version = registry.resolve("m@champion")
     assert (model_folder(registry, version) / "config.json").is_file()
     assert registry.example(version) == [{"role": "user", "content": "hello?"}]
