@@ -132,6 +132,7 @@ def check_recipe(path: Path, overrides: tuple[str, ...], settings: Settings) -> 
     """Everything that can be known before training: sources, disk, rows, memory."""
     from flows.show import show_check
     from qlora_core.events import Metrics, Note, Progress
+    from tasks.disk import disks_of
     from tasks.preflight import preflight, prepared
 
     recipe = load_recipe(path, overrides)
@@ -143,7 +144,7 @@ def check_recipe(path: Path, overrides: tuple[str, ...], settings: Settings) -> 
                 status.update(f"{event.what}: {event.done:,} of {event.total:,} {event.unit}")
 
         base, dataset = prepared(recipe, settings, report)
-    show_check(recipe, base, dataset)
+    show_check(recipe, base, dataset, [disk.sentence for disk in disks_of(recipe, settings)])
 
 
 def chat_with(model: str, example: bool, settings: Settings) -> None:

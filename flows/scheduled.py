@@ -12,6 +12,7 @@ from flows.retrain import retrain
 from qlora_core.cleanup import Freed, clean_up
 from qlora_core.recipe import load_recipe
 from qlora_core.store import Store
+from tasks.fetching import earlier_copies
 from tasks.keeping import roots
 from tasks.moves import edits_by_hand
 from tasks.orphans import end_orphans
@@ -91,6 +92,6 @@ def clean_store(unused_days: NotNegative = 30) -> Freed:
         unused_days: how long ago the last use must be.
     """
     settings = Settings()
-    freed = clean_up(Store(settings.store), unused_days, roots(settings))
+    freed = clean_up(Store(settings.store), unused_days, roots(settings), earlier_copies(settings))
     get_run_logger().info(freed.sentence)
     return freed

@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -164,8 +164,8 @@ def _table(versions: list[Version]) -> Table:
     return table
 
 
-def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) -> None:
-    """Counts, dropped rows, three rows with their trained tokens marked, and the memory that training needs."""
+def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset, disks: Sequence[str] = ()) -> None:
+    """Counts, dropped rows, three rows with their trained tokens marked, and the memory and disk that it needs."""
     from qlora_core.training.memory import plan_memory
 
     console.print(f"[bold]{recipe.name}[/] is ready to run.\n")
@@ -198,6 +198,8 @@ def show_check(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) ->
             f"adapter and optimizer {need.adapter_gib:.1f}, activations {passing_gib:.1f} "
             f"({plan.activation_memory}, passes of {plan.capacity_tokens:,} tokens)"
         )
+    for disk in disks:
+        console.print(f"disk      {escape(disk)}")
     console.print("\nThree training rows; what carries loss is [bold green]green[/]:")
     for row in json.loads((dataset.path / "preview.json").read_text()):
         text = Text(f"\n── {row['row_id']} ", style="dim")

@@ -10,6 +10,7 @@ from qlora_core.cleanup import clean_up, unneeded
 from qlora_core.errors import StoreError
 from qlora_core.inventory import damage, inventory, is_locked, needed
 from qlora_core.store import Store
+from tasks.fetching import earlier_copies
 from tasks.keeping import roots
 from tasks.settings import Settings
 
@@ -21,7 +22,7 @@ if not console.is_terminal:
 def show_store(as_json: bool, settings: Settings) -> None:
     """Every artifact with its size, its last use, and who needs it."""
     store = Store(settings.store)
-    items = inventory(store)
+    items = inventory(store) + earlier_copies(settings)
     why = needed(items, roots(settings) if items else {})
     if as_json:
         rows = [
@@ -62,9 +63,10 @@ def collect_garbage(unused_days: float, dry_run: bool, settings: Settings) -> No
     """Remove what nobody needs and nobody has used for so long."""
     store, keep = Store(settings.store), roots(settings)
     if not dry_run:
-        console.print(clean_up(store, unused_days, keep).sentence)
+        console.print(clean_up(store, unused_days, keep, earlier_copies(settings)).sentence)
         return
-    items = [item for item in unneeded(inventory(store), unused_days, keep) if not is_locked(store, item)]
+    known = inventory(store) + earlier_copies(settings)
+    items = [item for item in unneeded(known, unused_days, keep) if not is_locked(store, item)]
     for item in items:
         console.print(f"{item.bytes / 1e6:10,.1f} MB  {item.path}")
     console.print(f"{len(items)} folders would be removed, {sum(item.bytes for item in items) / 1e9:,.2f} GB")

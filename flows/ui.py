@@ -24,6 +24,7 @@ def serve(settings: Settings, mlflow_port: int, prefect_port: int, browser: bool
     Raises:
         QloraError: a server did not come up.
     """
+    settings.make_home()
     servers = {
         f"http://{HOST}:{mlflow_port}/health": ("MLflow", _start(_mlflow(settings, mlflow_port))),
         f"http://{HOST}:{prefect_port}/api/health": ("Prefect", _start_prefect(prefect_port)),

@@ -4,13 +4,13 @@ Every artifact can be made again, so that removing one costs time and nothing el
 last use on a manifest: what a nightly run looks at stays, and so does everything that it was made from.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from filelock import FileLock, Timeout
 
 from qlora_core.artifacts import Record
 from qlora_core.inventory import Item, inventory, needed
-from qlora_core.store import MANIFEST, Store, discard
+from qlora_core.store import Store
 
 RECENT = "a recent use"
 
@@ -27,15 +27,19 @@ class Freed(Record):
         return f"{self.folders} folders removed, {self.bytes / 1e9:,.2f} GB"
 
 
-def clean_up(store: Store, unused_days: float, roots: Mapping[str, str] | None = None) -> Freed:
+def clean_up(
+    store: Store, unused_days: float, roots: Mapping[str, str] | None = None, others: Sequence[Item] = ()
+) -> Freed:
     """Remove artifacts, and work that was given up, which nobody has used for so many days; what is locked stays.
 
     Args:
         store: where.
         unused_days: how long since the last use; 0 removes all that is not in use now.
         roots: digests and fingerprints of what must stay whatever its age, with all that it was made from.
+        others: folders beside the store that nothing refers to.
     """
-    items = unneeded(inventory(store), unused_days, roots or {})
+    store.empty_trash()
+    items = unneeded([*inventory(store), *others], unused_days, roots or {})
     freed = [_remove(store, item) for item in items]
     return Freed(folders=sum(size is not None for size in freed), bytes=sum(size or 0 for size in freed))
 
@@ -52,8 +56,7 @@ def _remove(store: Store, item: Item) -> int | None:
     (store.root / "locks").mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(store.root / "locks" / f"{item.lock}.lock", timeout=0):
-            (item.path / MANIFEST).unlink(missing_ok=True)  # first: without it a folder is no artifact
-            discard(item.path)
+            store.remove(item.path)
             return item.bytes
     except Timeout:
         return None

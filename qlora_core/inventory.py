@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from qlora_core.artifacts import Record
 from qlora_core.store import MANIFEST, Store, sha256_of_file
 
-NOT_STAGES = ("work", "locks")
+NOT_STAGES = ("work", "locks", "trash")
 DAY_S = 86400
 ABOUT_OTHERS = {"scores": "model_digest", "match": "quantized_digest"}
 """Stages whose artifacts only say something about another one, and are needed as long as that is."""
@@ -106,6 +106,16 @@ def damage(item: Item) -> Iterator[str]:
             yield f"{file} does not belong to it"
 
 
+def folder_bytes(folder: Path) -> int:
+    """The bytes of all files below a folder, however many names they have elsewhere."""
+    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+
+
+def newest_s(folder: Path) -> float:
+    """When anything below a folder was changed last, in seconds since 1970."""
+    return max((path.lstat().st_mtime for path in folder.rglob("*")), default=folder.stat().st_mtime)
+
+
 def _follow(item: Item, why: str, by_digest: Mapping[str, list[Item]], reasons: dict[Path, set[str]]) -> None:
     seen = reasons.setdefault(item.path, set())
     if why in seen:
@@ -130,18 +140,13 @@ def _artifact(manifest: Path) -> Item:
         digest=str(record.get("digest", "")),
         refers_to=tuple(digests.values()),
         about=digests.get(ABOUT_OTHERS.get(folder.parent.name, ""), ""),
-        bytes=_bytes(folder),
+        bytes=folder_bytes(folder),
         used_s=manifest.stat().st_mtime,
     )
 
 
 def _work(folder: Path) -> Item:
     stage, _, key = folder.name.rpartition("-")
-    newest = max((path.lstat().st_mtime for path in folder.rglob("*")), default=folder.stat().st_mtime)
     if not stage:  # an artifact whose manifest is damaged
         stage, key = folder.parent.name, folder.name
-    return Item(stage=stage, fingerprint=key, path=folder, bytes=_bytes(folder), used_s=newest)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(path.lstat().st_size for path in folder.rglob("*") if not path.is_dir())
+    return Item(stage=stage, fingerprint=key, path=folder, bytes=folder_bytes(folder), used_s=newest_s(folder))

@@ -2,10 +2,12 @@
 
     <root>/<stage>/<fingerprint>/           a whole artifact: its files and, written last, manifest.json
     <root>/work/<stage>-<fingerprint>/      one in the making; kept after a crash so that the stage can resume
+    <root>/trash/<random>/                  one being removed
     <root>/locks/<stage>-<fingerprint>.lock
 
-An artifact becomes visible by one rename of its work directory, so a directory below a stage is always whole.
-That gives caching, resuming, "nothing has changed" and lineage by one rule.
+An artifact becomes visible by one rename of a directory that holds its files and its manifest, and disappears by one
+rename into the trash, so a directory below a stage is always whole. That gives caching, resuming, "nothing has
+changed" and lineage by one rule.
 """
 
 import hashlib
@@ -16,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from pydantic import BaseModel
 
@@ -23,6 +26,8 @@ from qlora_core.artifacts import Artifact
 from qlora_core.errors import StoreError
 
 MANIFEST = "manifest.json"
+WHOLE = ".whole"
+"""In a work directory: the artifact, complete but for its rename."""
 EVERYTHING = ("**/*",)
 A = TypeVar("A", bound=Artifact)
 
@@ -79,7 +84,7 @@ class Store:
     def newest(self, kind: type[A], stage: str) -> Iterator[A]:
         """The artifacts of a stage, last used or made first; altered ones are left out, and none counts as used."""
         manifests = (self.root / stage).glob(f"*/{MANIFEST}")
-        for manifest in sorted(manifests, key=lambda path: path.stat().st_mtime, reverse=True):
+        for manifest in sorted(manifests, key=_changed_s, reverse=True):
             try:
                 found = self._load(kind, stage, manifest.parent.name)
             except StoreError:
@@ -90,8 +95,9 @@ class Store:
     def find_digest(self, kind: type[A], stage: str, digest: str) -> A | None:
         """The artifact of a stage whose content has this digest, or None."""
         for manifest in sorted((self.root / stage).glob(f"*/{MANIFEST}")):
-            if json.loads(manifest.read_text())["record"]["digest"] == digest:
-                return self.find(kind, stage, manifest.parent.name)
+            with suppress(FileNotFoundError):  # removed by a clean-up meanwhile
+                if json.loads(manifest.read_text())["record"]["digest"] == digest:
+                    return self.find(kind, stage, manifest.parent.name)
         return None
 
     def obtain(
@@ -109,17 +115,20 @@ class Store:
         """
         from filelock import FileLock
 
-        locks = self.root / "locks"
+        place, locks = self._place(stage, key), self.root / "locks"
         locks.mkdir(parents=True, exist_ok=True)
         with FileLock(locks / f"{stage}-{key}.lock"):
             folder = self.root / "work" / f"{stage}-{key}"
             folder.mkdir(parents=True, exist_ok=True)
+            discard(folder / WHOLE)
             yield folder
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
+            if folder.is_dir() and ((place / MANIFEST).is_file() or not any(folder.iterdir())):
+                self.remove(folder)
 
     def commit(self, artifact: A, stage: str, key: str, keep: tuple[str, ...] = EVERYTHING) -> A:
         """Turn a work directory into an artifact: hash its files, write the manifest, rename.
+
+        The work directory stays whole until the rename is done: whoever is killed before goes on from its checkpoints.
 
         Args:
             artifact: the record, its `path` still the work directory.
@@ -128,20 +137,41 @@ class Store:
             keep: `Path.glob` patterns of the files that belong to the artifact (`model/**/*`); all others are removed.
         """
         work, place = artifact.path, self._place(stage, key)
-        _remove_all_but(work, keep)
+        whole = _gather(work, keep)
         files = {
-            file.relative_to(work).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
-            for file in sorted(work.rglob("*"))
+            file.relative_to(whole).as_posix(): {"bytes": file.stat().st_size, "sha256": sha256_of_file(file)}
+            for file in sorted(whole.rglob("*"))
             if file.is_file() and file.name != MANIFEST
         }
         digest = sha256_of_json({name: entry["sha256"] for name, entry in files.items()})
         stored = artifact.model_copy(update={"path": place, "digest": digest, "fingerprint": key})
         record = stored.model_dump(mode="json", exclude={"path"})
-        write_atomically(work / MANIFEST, json.dumps({"stage": stage, "record": record, "files": files}, indent=1))
+        write_atomically(whole / MANIFEST, json.dumps({"stage": stage, "record": record, "files": files}, indent=1))
         place.parent.mkdir(parents=True, exist_ok=True)
-        work.rename(place)
+        if place.exists() and not (place / MANIFEST).is_file():  # a removal that was cut short
+            self.remove(place)
+        whole.rename(place)
         _sync(place.parent)
+        self.remove(work)
         return stored
+
+    def remove(self, folder: Path) -> None:
+        """Remove a directory of the store: by one rename out of sight, then file by file."""
+        trash = self.root / "trash"
+        trash.mkdir(parents=True, exist_ok=True)
+        doomed = trash / uuid4().hex
+        try:
+            folder.rename(doomed)
+        except FileNotFoundError:
+            return
+        except OSError:  # on another disk than the store
+            doomed = folder
+        discard(doomed)
+
+    def empty_trash(self) -> None:
+        """Remove what removals that were cut short have left."""
+        for doomed in (self.root / "trash").glob("*"):
+            discard(doomed)
 
     def _load(self, kind: type[A], stage: str, key: str) -> A | None:
         folder = self._place(stage, key)
@@ -173,14 +203,28 @@ def write_atomically(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
-def _remove_all_but(work: Path, keep: tuple[str, ...]) -> None:
-    kept = {file for pattern in keep for file in work.glob(pattern)}
-    for file in sorted(work.rglob("*"), reverse=True):
-        if file.is_dir() and not file.is_symlink():
-            if not any(file.iterdir()):
-                file.rmdir()
-        elif file not in kept:
-            file.unlink()
+def _gather(work: Path, keep: tuple[str, ...]) -> Path:
+    """A directory in `work` that shares its blocks with the files to keep, which stay where they are too."""
+    whole = work / WHOLE
+    discard(whole)
+    kept = {file for pattern in keep for file in work.glob(pattern) if not file.is_dir() or file.is_symlink()}
+    whole.mkdir()
+    for file in sorted(kept - {work / MANIFEST}):
+        target = whole / file.relative_to(work)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, target, follow_symlinks=False)
+        except OSError:  # a file system without hard links
+            file.rename(target)
+    return whole
+
+
+def _changed_s(path: Path) -> float:
+    """When a file was changed last, in seconds since 1970; 0 for one that was just removed."""
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _sync(folder: Path) -> None:

@@ -1,6 +1,7 @@
 """A conversation with the version behind an alias of the registry."""
 
 from qlora_core.modeling.chat import ChatModel, Message
+from tasks.fetching import model_folder
 from tasks.registry import ModelRegistry, Version
 from tasks.settings import Settings
 
@@ -36,5 +37,5 @@ def open_chat(reference: str, example: bool, settings: Settings) -> Chat:
     """
     registry = ModelRegistry(settings)
     version = registry.resolve(reference)
-    folder = registry.fetch(version, settings.root / "champions")
+    folder = model_folder(registry, version)
     return Chat(version, ChatModel(folder), registry.example(version) if example else [])

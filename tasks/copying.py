@@ -7,9 +7,11 @@ import mlflow
 from mlflow.exceptions import MlflowException
 
 from qlora_core.errors import RegistryError
+from tasks.fetching import model_folder
+from tasks.processes import this_process
 from tasks.registry import ModelRegistry, Version
 from tasks.settings import without_secrets
-from tasks.tracking import Tracker, this_process
+from tasks.tracking import Tracker
 
 REPORT_FILES = ("report.html", "report.json", "recipe.json")
 HERE_ONLY = (
@@ -38,7 +40,7 @@ def copy_version(source: ModelRegistry, version: Version, target: ModelRegistry)
     found = target.find(version.name, key)
     if found is not None:
         return found
-    folder = source.fetch(version, source.settings.root / "champions")
+    folder = model_folder(source, version)
     example = source.example(version)
     tracker = Tracker(target.settings)
     run_id = _run(tracker, version, key)

@@ -19,6 +19,7 @@ from qlora_core.evaluation import evaluate as evaluation
 from qlora_core.events import Report
 from qlora_core.gates import decide
 from qlora_core.recipe import Recipe
+from tasks.fetching import model_folder
 from tasks.foreign import with_digest
 from tasks.keys import report_key, scores_key
 from tasks.progress import if_prefect_listens
@@ -37,7 +38,7 @@ def evaluate(
         registry = ModelRegistry(stage.settings)
         champion = _rival(registry, recipe.name, merged)
         if champion is not None:
-            champion = with_digest(registry, champion, stage.settings.root / "champions")
+            champion = with_digest(registry, champion)
         champion_digest = champion.model_digest if champion else None
 
         def produce(into: Path, _: Report) -> EvaluationReport:
@@ -120,7 +121,7 @@ def _champion_scores(
     known = stage.store.find(ModelScores, "scores", scores_key(stage.retraining.recipe, digest, dataset))
     if known is not None:
         return known
-    folder = registry.fetch(champion, stage.settings.root / "champions")
+    folder = model_folder(registry, champion)
     return _scores(stage, folder, digest, dataset)
 
 

@@ -5,6 +5,7 @@ from prefect import State, task
 from qlora_core.artifacts import ExportedModel
 from qlora_core.merging import export as exporting
 from qlora_core.merging.export import Kind
+from tasks.fetching import model_folder
 from tasks.foreign import rows_of, with_digest
 from tasks.keys import export_key
 from tasks.registry import ModelRegistry, Version
@@ -21,14 +22,12 @@ def export(retraining: Retraining, version: Version, kind: Kind) -> State[Export
     """
     with Stage(f"export-{kind}", retraining) as stage:
         registry = ModelRegistry(stage.settings)
-        version = with_digest(registry, version, stage.settings.root / "champions")
+        version = with_digest(registry, version)
         digest, dataset = version.identity, rows_of(registry, stage.store, version)
         state = stage.run(
             export_key(kind, digest, dataset),
             ExportedModel,
-            lambda into, report: exporting.export(
-                kind, registry.fetch(version, stage.settings.root / "champions"), digest, dataset, into, report
-            ),
+            lambda into, report: exporting.export(kind, model_folder(registry, version), digest, dataset, into, report),
             params={"kind": kind, "version": version.number},
             describe=_describe,
             line=_line,

@@ -3,6 +3,8 @@
 import errno
 import os
 import re
+from contextlib import suppress
+from pathlib import Path
 
 import httpx
 from mlflow.exceptions import MlflowException
@@ -20,15 +22,20 @@ WHO = {
 }
 READ_ONLY = re.compile(r"read-?only (database|transaction)")
 """What SQLite and PostgreSQL say; a server passes it on as if the request were at fault."""
+NOT_OURS = re.compile(r"readonly database|unable to open database file")
+"""What SQLite says of a file or folder that this user may not write."""
 BUSY = re.compile(r"QueuePool limit")
 """What SQLAlchemy says in a server all of whose connections are in use; passed on as a bad request, too."""
 LONGEST_TEXT_CHARACTERS = 300
+RIGHT = "Give it the right to, or use another place (QLORA_HOME, QLORA_DOWNLOADS, HF_HOME, TMPDIR)"
 MACHINE = {
     errno.ENOSPC: ("the disk is full", "Free some space, or move everything with QLORA_HOME"),
     errno.EDQUOT: ("the disk quota is used up", "Free some space, or move everything with QLORA_HOME"),
     errno.EROFS: ("the disk may only be read", "Mount it for writing, or move everything with QLORA_HOME"),
     errno.EIO: ("the disk fails", "Look at the kernel's log"),
     errno.ENOMEM: ("there is no memory left", "Free some"),
+    errno.EACCES: ("this user may not read or write here", RIGHT),
+    errno.EPERM: ("this user may not do that here", RIGHT),
     errno.EMFILE: ("too many files are open", "Raise the limit (ulimit -n)"),
 }
 """Error number to what it means and what to do."""
@@ -50,6 +57,10 @@ def explain(error: BaseException, mlflow_uri: str) -> RegistryError | None:
     code, where = getattr(error, "error_code", ""), without_secrets(mlflow_uri)
     if code in WHO:
         return RegistryError(f"MLflow at {where} {WHO[code]}. Nothing was changed by this request")
+    if mlflow_uri.startswith("sqlite") and NOT_OURS.search(str(error)):
+        return RegistryError(
+            f"the database of MLflow ({mlflow_uri}) may not be written by this user ({os.geteuid()}). {RIGHT}"
+        )
     what = scrubbed(" ".join(str(error).split()))[:LONGEST_TEXT_CHARACTERS]
     if passing:
         return RegistryUnavailableError(
@@ -65,10 +76,21 @@ def explain_machine(error: BaseException) -> StoreError | None:
         what, remedy = "there is no memory left", "Free some"
     elif isinstance(error, OSError) and error.errno in MACHINE:
         what, remedy = MACHINE[error.errno]
-        what += f" ({error.filename})" if error.filename else ""
+        what += f" ({error.filename}{_owner_of(error)})" if error.filename else ""
     else:
         return None
     return StoreError(f"{what}. {remedy}; what was stored so far is whole, and the same command goes on from there")
+
+
+def _owner_of(error: OSError) -> str:
+    """Whose the place is, where that is what matters; a folder that is missing tells by the one above it."""
+    if error.errno not in (errno.EACCES, errno.EPERM) or not isinstance(error.filename, str | bytes):
+        return ""
+    place = Path(os.fsdecode(error.filename))
+    for path in (place, *place.parents):
+        with suppress(OSError):
+            return f", which belongs to user {path.stat().st_uid}; this is user {os.geteuid()}"
+    return f"; this is user {os.geteuid()}"
 
 
 def explain_prefect(error: BaseException) -> QloraError | None:

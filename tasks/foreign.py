@@ -4,30 +4,28 @@ A person may set `champion` to any version. Its files are a plain model folder; 
 here, and written down where it lasts.
 """
 
-from pathlib import Path
-
 from qlora_core.artifacts import PreparedDataset
 from qlora_core.errors import RegistryError
 from qlora_core.store import Store, digest_of_folder
+from tasks.fetching import model_folder
 from tasks.registry import ModelRegistry, Version
 from tasks.tags import DATA_DIGEST, MODEL_DIGEST, PARENT_RUN
 from tasks.tracking import Retraining, Tracker
 
 
-def with_digest(registry: ModelRegistry, version: Version, into: Path) -> Version:
+def with_digest(registry: ModelRegistry, version: Version) -> Version:
     """The version with the digest of its model: as its tags say, or of its files, which becomes its tag.
 
     Args:
         registry: where the version is.
         version: perhaps without a digest.
-        into: where models of the registry are copied to.
 
     Raises:
         RegistryError: its files cannot be read, or are no model that transformers loads.
     """
     if version.model_digest is not None:
         return version
-    tags = {MODEL_DIGEST: digest_of_folder(registry.fetch(version, into))}
+    tags = {MODEL_DIGEST: digest_of_folder(model_folder(registry, version))}
     registry.tag(version, tags)
     return version.model_copy(update={"tags": {**version.tags, **tags}})
 

@@ -1,5 +1,6 @@
 """What of the store must stay whatever its age: what aliases point at, and what runs that are not over use."""
 
+from tasks.fetching import fetched_key
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
 from tasks.tracking import Tracker
@@ -18,12 +19,14 @@ def roots(settings: Settings) -> dict[str, str]:
 
 def _of_aliases(registry: ModelRegistry) -> dict[str, str]:
     versions = [version for version in registry.search() if version.aliases]
-    return {
+    lineage = {
         digest: f"{version.name}@{version.aliases[0]}"
         for version in versions
         for kind in LINEAGE
         if (digest := version.tags.get(f"qlora.{kind}"))
     }
+    copies = {fetched_key(version, registry.settings): f"{version.name}@{version.aliases[0]}" for version in versions}
+    return lineage | copies
 
 
 def _of_open_runs(tracker: Tracker) -> dict[str, str]:

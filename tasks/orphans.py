@@ -13,8 +13,9 @@ from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
 from prefect.states import Completed, Crashed
 
+from tasks.processes import is_process, owner_is_alive, runs_here, this_process
 from tasks.settings import Settings
-from tasks.tracking import Tracker, is_process, owner_is_alive, runs_here, this_process
+from tasks.tracking import Tracker
 
 GONE = "its process is gone; a new run goes on where it stopped"
 AWAY = "it ended well while this server was away"
@@ -34,8 +35,8 @@ MOST_RESTARTS = 3
 def end_orphans(tracker: Tracker) -> list[str]:
     """Set runs whose process is gone to KILLED, and their Prefect runs to Crashed; returns their MLflow ids.
 
-    A process of another machine is gone if Prefect says that its flow is over. What a deployment had started is
-    started again, and goes on from its last checkpoint. Call it where a Prefect server can be reached.
+    A process that cannot be seen from here is gone if Prefect says that its flow is over. What a deployment had started
+    is started again, and goes on from its last checkpoint. Call it where a Prefect server can be reached.
     """
     orphans = [run for run in tracker.open_runs() if _is_orphan(run) and _is_orphan_still(tracker, run)]
     for run in orphans:

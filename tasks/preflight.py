@@ -1,21 +1,16 @@
 """Everything that can be known before compute is spent."""
 
-import shutil
-from pathlib import Path
-
 from qlora_core.artifacts import ModelSnapshot, PreparedDataset, Twin, TwinProof
 from qlora_core.data.prepare import inspect, prepare
-from qlora_core.errors import StoreError
 from qlora_core.evaluation.evaluate import check_metrics
 from qlora_core.events import Report
 from qlora_core.hub.resolve import prove_twin
 from qlora_core.recipe import LocalSource, Recipe
 from qlora_core.store import Store
+from tasks.disk import require_disk
 from tasks.keys import prepare_key, twin_key
 from tasks.settings import Settings
 from tasks.sources import obtain_base, obtain_raw, obtain_twin, resolve_base, resolve_data, resolve_merge_base
-
-NEEDED_FREE_GB = 2.0
 
 
 def preflight(recipe: Recipe, settings: Settings) -> None:
@@ -25,13 +20,13 @@ def preflight(recipe: Recipe, settings: Settings) -> None:
         QloraError: the first thing that would make the flow fail later.
     """
     check_metrics(recipe.evaluation, recipe.promotion.gates)
-    _check_disk(settings.root)
     resolve_base(recipe, settings)
     resolve_merge_base(recipe, settings)
     resolve_data(recipe, settings)
     for source in (*recipe.data.rows, *recipe.data.evaluation_rows):
         if isinstance(source, LocalSource) and source.path.is_file():
             inspect(source.path)
+    require_disk(recipe, settings)
 
 
 def prepared(recipe: Recipe, settings: Settings, report: Report) -> tuple[ModelSnapshot, PreparedDataset]:
@@ -63,13 +58,3 @@ def _matched(recipe: Recipe, base: ModelSnapshot, settings: Settings, report: Re
         keep=("proof.json",),
     )
     return base.model_copy(update={"twin": Twin(model=twin, proof=proof)})
-
-
-def _check_disk(root: Path) -> None:
-    place = next(folder for folder in (root, *root.parents) if folder.exists())
-    free_gb = shutil.disk_usage(place).free / 1e9
-    if free_gb < NEEDED_FREE_GB:
-        raise StoreError(
-            f"{place} has {free_gb:.1f} GB free; at least {NEEDED_FREE_GB:.0f} GB are needed for one retraining. "
-            "Free some space or move everything with QLORA_HOME"
-        )

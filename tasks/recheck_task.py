@@ -6,6 +6,7 @@ from prefect import task
 
 from qlora_core.artifacts import ModelScores, Record
 from qlora_core.evaluation import evaluate as evaluation
+from tasks.fetching import model_folder
 from tasks.foreign import with_digest
 from tasks.keys import scores_key
 from tasks.preflight import prepared
@@ -49,12 +50,12 @@ def recheck(retraining: Retraining, champion: Version, tolerance: float) -> Rech
     recipe = retraining.recipe
     with Stage("recheck", retraining) as stage:
         _, dataset = prepared(recipe, stage.settings, stage.report)
-        registry, copies = ModelRegistry(stage.settings), stage.settings.root / "champions"
-        champion = with_digest(registry, champion, copies)
+        registry = ModelRegistry(stage.settings)
+        champion = with_digest(registry, champion)
         digest = champion.identity
         key = scores_key(recipe, digest, dataset)
         with stage.recorded(key) as run:
-            folder = registry.fetch(champion, copies)
+            folder = model_folder(registry, champion)
             scores = stage.part(
                 "scores",
                 key,

@@ -5,7 +5,9 @@ moves them. What their tags mean is told by `tags.py`, which reads all of them.
 Only "does not exist" means "no champion"; any other error of the registry stops the caller.
 """
 
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from itertools import islice
 from pathlib import Path
@@ -18,8 +20,10 @@ from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 
 from qlora_core.errors import NotRegisteredError, RegistryError, RegistryUnavailableError, shortened
+from qlora_core.store import Store, discard, sha256_of_json
 from tasks import tags as known_tags
 from tasks.failures import explain
+from tasks.home import open_home
 from tasks.locks import registry_lock
 from tasks.paging import PAGE, in_pages
 from tasks.settings import Settings
@@ -51,6 +55,7 @@ class ModelRegistry:
 
     def __init__(self, settings: Settings, client: MlflowClient | None = None) -> None:
         self.settings = settings
+        open_home(settings)
         self.client = client or RegistryClient(settings.mlflow_uri)
 
     def models(self, filter_string: str | None = None) -> list[Model]:
@@ -244,6 +249,11 @@ class ModelRegistry:
         """Remove a tag of a version."""
         self.client.delete_model_version_tag(version.name, str(version.number), name)
 
+    def address(self, version: Version) -> str:
+        """Where the registry keeps the files of a version: `file:`, `s3:`, `mlflow-artifacts:`."""
+        uri: str = self.client.get_model_version_download_uri(version.name, str(version.number))
+        return uri
+
     def fetch(self, version: Version, into: Path) -> Path:
         """The model folder of a version, as plain transformers files, copied below `into` unless it is there.
 
@@ -290,7 +300,7 @@ class ModelRegistry:
     def _log_model(self, name: str, run_id: str, folder: Path, example: list[dict[str, str]]) -> str:
         """Log without loading any weights; `mlflow.transformers` only knows the active run, so it is set here."""
         mlflow.set_tracking_uri(self.settings.mlflow_uri)
-        with mlflow.start_run(run_id=run_id):
+        with _copied_through(Store(self.settings.store), run_id), mlflow.start_run(run_id=run_id):
             info = mlflow.transformers.log_model(
                 transformers_model=str(folder),
                 name="model",
@@ -315,3 +325,17 @@ def _instead(name: str, known: list[str], what: str) -> str:
         return "there are none yet"
     near = get_close_matches(name, known, n=1)
     return f"did you mean {near[0]}?" if near else f"{what}: {', '.join(known)}"
+
+
+@contextmanager
+def _copied_through(store: Store, run_id: str) -> Iterator[None]:
+    """Let MLflow copy a model through the store: the folder for temporary files may be small, or in memory."""
+    with store.workspace("log", sha256_of_json({"run": run_id})) as work:
+        discard(work)
+        work.mkdir(parents=True)
+        before, tempfile.tempdir = tempfile.tempdir, str(work)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+            discard(work)

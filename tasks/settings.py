@@ -2,12 +2,15 @@
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks import configure_mlflow
+
+PREFECT_DATABASE = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
+"""Where Prefect looks for the address of its database, before its own home."""
 
 
 class Settings(BaseSettings):
@@ -49,22 +52,52 @@ class Settings(BaseSettings):
     @property
     def mlflow_uri(self) -> str:
         """The team's tracking server, or a database in the home."""
-        return self.mlflow_server or f"sqlite:///{self.root / 'mlflow' / 'mlflow.db'}"
+        return self.mlflow_server or sqlite_url(self.mlflow_database)
+
+    @property
+    def mlflow_database(self) -> Path:
+        """The database in the home; without meaning where a team's server is set."""
+        return self.root / "mlflow" / "mlflow.db"
 
     @property
     def mlflow_artifacts(self) -> str | None:
         """Where a new experiment keeps artifacts; None leaves it to the team's server."""
-        return None if self.mlflow_server else (self.root / "mlflow" / "artifacts").as_uri()
+        return (self.root / "mlflow" / "artifacts").as_uri() if self.embedded_mlflow else None
+
+    @property
+    def embedded_mlflow(self) -> bool:
+        """Whether runs and the registry are kept in the home; MLflow sets its variable itself once it was told."""
+        return self.mlflow_server in (None, "", sqlite_url(self.mlflow_database))
 
     @property
     def embedded_prefect(self) -> bool:
         """Whether flows bring their own Prefect server along."""
         return not os.environ.get("PREFECT_API_URL")
 
+    @property
+    def prefect_database(self) -> Path:
+        """What the embedded Prefect server keeps; Prefect's own name for it."""
+        return self.root / "prefect" / "prefect.db"
+
+    @property
+    def keeps_prefect(self) -> bool:
+        """Whether an embedded Prefect server keeps its database in this home; the user may have set another place."""
+        place = os.environ.get("PREFECT_HOME", str(self.root / "prefect"))
+        url = next((os.environ[name] for name in PREFECT_DATABASE if os.environ.get(name)), "")
+        ours = url in ("", sqlite_url(self.prefect_database, "aiosqlite"))
+        return self.embedded_prefect and ours and Path(place) == self.root / "prefect"
+
     def make_home(self) -> None:
-        """Make the folders that Prefect and MLflow expect to find; not before there is something to keep in them."""
+        """Make the folders and databases that Prefect and MLflow expect; not before there is something to keep.
+
+        Raises:
+            StoreError: the home cannot be written, or a database in it is damaged.
+        """
+        from tasks.home import open_home
+
         for name in ("prefect", "mlflow"):
             (self.root / name).mkdir(parents=True, exist_ok=True)
+        open_home(self, with_prefect=True)
 
     def configure_libraries(self) -> None:
         """Point Prefect at the home, before it is imported, and calm MLflow; what the user has set stays."""
@@ -80,8 +113,24 @@ class Settings(BaseSettings):
                 "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
                 "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
             }
+            if "?" in str(self.root) and not any(name in os.environ for name in PREFECT_DATABASE):
+                defaults[PREFECT_DATABASE[0]] = sqlite_url(self.prefect_database, "aiosqlite")
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
+
+
+def sqlite_url(path: Path, driver: str = "") -> str:
+    """SQLAlchemy's address of an SQLite file.
+
+    It takes a path as it is, but for a question mark, where it ends; SQLite itself reads a `file:` address, quoted.
+
+    Args:
+        path: absolute.
+        driver: `aiosqlite`; the one of the standard library when left out.
+    """
+    if "?" not in str(path):
+        return f"sqlite{'+' if driver else ''}{driver}:///{path}"
+    return f"sqlite+{driver or 'pysqlite'}:///file:{quote(str(path))}?uri=true"
 
 
 def without_secrets(uri: str) -> str:

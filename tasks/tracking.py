@@ -6,14 +6,11 @@ Runs are found again by tags, so that a retry, or the same command after a crash
     qlora.recipe     SHA-256 of the recipe, on parents
     qlora.stage      the stage's name
     qlora.key        the fingerprint of what the stage made
-    qlora.owner      host:pid:start of the process that writes the run
+    qlora.owner      the process that writes the run, as `processes.py` names it
 """
 
 import json
-import os
-import re
 import shlex
-import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +18,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
-import psutil
 from mlflow import MlflowClient
 from mlflow.entities import (
     Dataset,
@@ -43,8 +39,10 @@ from qlora_core.events import Metrics
 from qlora_core.recipe import Recipe
 from qlora_core.store import sha256_of_json
 from qlora_core.sweep import Space
+from tasks.home import open_home
 from tasks.outbox import Outbox
 from tasks.paging import PAGE, having, in_pages, search_runs
+from tasks.processes import owner_is_alive, this_process
 from tasks.settings import Settings, without_secrets
 
 PARAM_LIMIT_CHARACTERS = 6000
@@ -139,8 +137,7 @@ class Tracker:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        if settings.mlflow_artifacts is not None:
-            (settings.root / "mlflow").mkdir(parents=True, exist_ok=True)
+        open_home(settings)
         self.client = MlflowClient(settings.mlflow_uri)
 
     def begin(
@@ -359,29 +356,3 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
         else:
             flat[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, Sequence | None) else str(value)
     return {name: value.strip('"') for name, value in flat.items()}
-
-
-def this_process() -> str:
-    """What identifies this process until it ends, even when its number is used again."""
-    return f"{socket.gethostname()}:{os.getpid()}:{psutil.Process().create_time():.2f}"
-
-
-def is_process(owner: str) -> bool:
-    """Whether a text names a process as `this_process` does."""
-    return re.fullmatch(r"[^:]+:\d+:\d+\.\d\d", owner) is not None
-
-
-def owner_is_alive(owner: str) -> bool:
-    """Whether the process that owns a run still runs; one on another host is taken to."""
-    if not runs_here(owner):
-        return bool(owner)
-    _, pid, started = owner.split(":")
-    try:
-        return f"{psutil.Process(int(pid)).create_time():.2f}" == started
-    except (psutil.NoSuchProcess, ValueError):
-        return False
-
-
-def runs_here(owner: str) -> bool:
-    """Whether the process that owns a run is one of this machine."""
-    return owner.partition(":")[0] == socket.gethostname()

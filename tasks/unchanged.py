@@ -1,5 +1,7 @@
 """Whether a retraining would change anything, found by walking fingerprints through the store, without any work."""
 
+from typing import NamedTuple
+
 from mlflow.exceptions import MlflowException
 
 from qlora_core.artifacts import (
@@ -25,10 +27,10 @@ def settled(recipe: Recipe, settings: Settings) -> Version | None:
 
     A candidate that its gates refused stays refused until the data or the recipe changes.
     """
-    made = _walk(recipe, settings)
-    if made is None:
+    made = made_so_far(recipe, settings)
+    if made.merged is None or made.dataset is None:
         return None
-    merged, dataset = made
+    merged, dataset = made.merged, made.dataset
     registry = ModelRegistry(settings)
     version = registry.find(recipe.name, keys.candidate_key(recipe, merged, dataset))
     if version is None or version.verdict == OPEN:
@@ -46,24 +48,35 @@ def _is_over(registry: ModelRegistry, run_id: str) -> bool:
         raise
 
 
-def _walk(recipe: Recipe, settings: Settings) -> tuple[MergedModel, PreparedDataset] | None:
+class Made(NamedTuple):
+    """What the store has of a retraining already; nothing after the first that is missing."""
+
+    base: ModelSnapshot | None = None
+    dataset: PreparedDataset | None = None
+    adapter: Adapter | None = None
+    merged: MergedModel | None = None
+
+
+def made_so_far(recipe: Recipe, settings: Settings) -> Made:
+    """Walk through the store as far as it goes."""
     store = Store(settings.store)
     base = store.find(ModelSnapshot, "download", keys.model_key(resolve_base(recipe, settings)))
     raw = store.find(DataSnapshot, "raw", keys.data_key(*resolve_data(recipe, settings)))
     if base is None or raw is None:
-        return None
+        return Made(base)
     if base.quantization is not None:
-        base = _matched(recipe, base, settings, store)
-        if base is None:
-            return None
+        matched = _matched(recipe, base, settings, store)
+        if matched is None:
+            return Made(base)
+        base = matched
     dataset = store.find(PreparedDataset, "prepare", keys.prepare_key(recipe, base, raw))
     if dataset is None:
-        return None
+        return Made(base)
     adapter = store.find(Adapter, "train", keys.train_key(recipe, base, dataset))
     if adapter is None:
-        return None
+        return Made(base, dataset)
     merged = store.find(MergedModel, "merge", keys.merge_key(recipe, base, adapter))
-    return None if merged is None else (merged, dataset)
+    return Made(base, dataset, adapter, merged)
 
 
 def _matched(recipe: Recipe, base: ModelSnapshot, settings: Settings, store: Store) -> ModelSnapshot | None:

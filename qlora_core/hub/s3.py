@@ -59,6 +59,18 @@ def model_files(source: S3Source, resolved: Resolved, downloads: Path, scratch: 
     return _fetch(source, "model", resolved, downloads, report)
 
 
+def list_model_files(source: S3Source, downloads: Path) -> list[tuple[int, Path]]:
+    """The same before anything is fetched: the bytes of each file, and where it would lie.
+
+    Raises:
+        SourceError: it is no model.
+        SourceUnavailableError: it could not be asked now.
+    """
+    entries = _entries(source)
+    names = _selected(source, "model", entries)
+    return [(entries[name].bytes, _place(source, name, entries[name], downloads)) for name in names]
+
+
 def data_files(source: S3Source, resolved: Resolved, downloads: Path, scratch: Path, report: Report) -> Files:
     """The one object, or all data files of the folder.
 

@@ -5,7 +5,7 @@ Prefect and MLflow take seconds to import, so that they are only where a server 
 
 from collections.abc import Callable, Iterator
 
-from tasks.doctor import databases, machine
+from tasks.doctor import databases, home, machine
 from tasks.doctor.check import Check, failed, ok
 from tasks.settings import Settings
 
@@ -16,6 +16,7 @@ def examine(settings: Settings) -> Iterator[Check]:
         ("versions", machine.versions),
         ("GPU", machine.gpus),
         ("disk", machine.disk),
+        ("home", home.examine),
         ("MLflow", _mlflow),
         ("Prefect", _prefect),
         ("databases", databases.examine),
@@ -29,7 +30,7 @@ def examine(settings: Settings) -> Iterator[Check]:
 
 
 def _mlflow(settings: Settings) -> Iterator[Check]:
-    if not settings.mlflow_server:
+    if settings.embedded_mlflow:
         yield ok("MLflow", f"embedded, in {settings.root / 'mlflow'}")
         return
     from tasks.doctor import mlflow_server

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import unquote
 
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, NullPool, create_engine, make_url, text
 from sqlalchemy.exc import SQLAlchemyError
 
+from tasks.databases import mlflow_migrations, prefect_migrations
 from tasks.doctor.check import Check, failed, ok
 from tasks.settings import Settings, without_secrets
 
@@ -21,11 +22,11 @@ def examine(settings: Settings) -> Iterator[Check]:
     """A line for each database that the environment names, or that lies in the home; none on a worker of a team."""
     mlflow = os.environ.get(MLFLOW_DATABASE) or settings.mlflow_uri
     if not mlflow.startswith("http") and _is_there(mlflow):
-        yield _schema("MLflow schema", mlflow, _mlflow_migrations(), "mlflow db upgrade DATABASE, after a backup")
+        yield _schema("MLflow schema", mlflow, mlflow_migrations(), "mlflow db upgrade DATABASE, after a backup")
     prefect = os.environ.get(PREFECT_DATABASE, "")
     if prefect and _is_there(prefect):
         do = "prefect server database upgrade, after a backup"
-        yield _schema("Prefect schema", prefect, _prefect_migrations(prefect), do)
+        yield _schema("Prefect schema", prefect, prefect_migrations(make_url(prefect).get_backend_name()), do)
 
 
 def _schema(what: str, uri: str, migrations: ScriptDirectory, do: str) -> Check:
@@ -59,20 +60,7 @@ def _readable(uri: str) -> str:
 def _is_there(uri: str) -> bool:
     """False for a file that nobody has made yet."""
     url = make_url(uri)
-    return not url.drivername.startswith("sqlite") or Path(url.database or "").is_file()
-
-
-def _mlflow_migrations() -> ScriptDirectory:
-    return ScriptDirectory(str(_package("mlflow") / "store" / "db_migrations"))
-
-
-def _prefect_migrations(uri: str) -> ScriptDirectory:
-    folder = _package("prefect") / "server" / "database" / "_migrations"
-    kind = "sqlite" if uri.startswith("sqlite") else "postgresql"
-    return ScriptDirectory(str(folder), version_locations=[str(folder / "versions" / kind)])
-
-
-def _package(name: str) -> Path:
-    spec = find_spec(name)
-    assert spec is not None and spec.origin is not None
-    return Path(spec.origin).parent
+    if not url.drivername.startswith("sqlite"):
+        return True
+    file = (url.database or "").removeprefix("file:")
+    return Path(unquote(file) if "uri" in url.query else file).is_file()

@@ -31,10 +31,11 @@ from tasks.doctor import check, mlflow_server, prefect_server
 from tasks.notifying import notify as listen
 from tasks.occasions import Occasion
 from tasks.orphans import MOST_RESTARTS, end_orphans
+from tasks.processes import here, this_process
 from tasks.publishing import announce, resource
 from tasks.registry import Version
 from tasks.settings import Settings
-from tasks.tracking import Tracker, this_process
+from tasks.tracking import Tracker
 from tests.integration.conftest import free_port, qlora
 from tests.integration.hub_server import HubServer
 from tests.integration.hub_server import running as running_hub
@@ -254,8 +255,9 @@ def test_what_is_killed_again_and_again_is_left_to_a_person(us: Team, recipe: Pa
 def test_a_run_that_was_killed_at_its_birth_is_ended_and_a_living_one_is_not(us: Team):
     """Before MLflow knows of it, a tag is all that says whose it is."""
     flow = us.ask("/flows/", name="retrain")["id"]
-    gone, here = f"{socket.gethostname()}:1:1.00", this_process()
-    cases = [(state, owner) for state in ("PENDING", "RUNNING") for owner in (gone, here, "elsewhere:1:1.00")]
+    gone, alive = f"{here()}:1:1", this_process()
+    earlier = f"{socket.gethostname()}:1:1.00"
+    cases = [(state, owner) for state in ("PENDING", "RUNNING") for owner in (gone, alive, "elsewhere:1:1.00", earlier)]
     begun = [us.ask("/flow_runs/", flow_id=flow, tags=[f"process {owner}"])["id"] for _, owner in cases]
     for (state, _), run in zip(cases, begun, strict=True):
         us.ask(f"/flow_runs/{run}/set_state", state={"type": state}, force=True)

@@ -127,3 +127,11 @@ def test_damage_is_named_file_by_file(store: Store):
     (item,) = inventory(store)
     assert not item.digest
     assert clean_up(store, 0).folders == 1
+
+
+def test_a_clean_up_finishes_what_another_one_was_killed_at(store: Store):
+    left = store.root / "trash" / "x"
+    left.mkdir(parents=True)
+    (left / "file").write_bytes(b"x")
+    assert clean_up(store, 30).folders == 0
+    assert not left.exists()

@@ -118,3 +118,70 @@ def test_the_artifacts_of_a_stage_come_newest_first_and_altered_ones_not_at_all(
     (made[2].path / "log.txt").unlink()
     assert list(store.newest(Thing, "thing")) == [made[1], made[0]]
     assert list(store.newest(Thing, "other")) == []
+
+
+def killed_while(store: Store, moment: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the thing, and die where `Path` is asked for `moment`, as a kill would: nothing is tidied up."""
+
+    class Killed(BaseException):
+        pass
+
+    def die(*_: object, **__: object) -> None:
+        raise Killed
+
+    def produce(into: Path) -> Thing:
+        (into / "checkpoint").write_text("hours of work")
+        made = make(into)
+        monkeypatch.setattr(Path, moment, die)
+        return made
+
+    with pytest.raises(Killed):
+        store.obtain(Thing, "thing", KEY, produce, keep=("sub/**/*",))
+    monkeypatch.undo()
+
+
+def test_who_is_killed_at_the_rename_goes_on_from_its_checkpoints(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    killed_while(store, "rename", monkeypatch)
+    assert store.find(Thing, "thing", KEY) is None
+
+    def go_on(into: Path) -> Thing:
+        assert (into / "checkpoint").read_text() == "hours of work"
+        assert sorted(path.name for path in into.iterdir()) == ["checkpoint", "log.txt", "sub"]
+        return make(into)
+
+    made = store.obtain(Thing, "thing", KEY, go_on, keep=("sub/**/*",))
+    assert sorted(file.name for file in made.path.rglob("*") if file.is_file()) == ["file.txt", "manifest.json"]
+    assert not list((tmp_path / "work").glob("*"))
+
+
+def test_a_removal_that_was_killed_after_the_manifest_blocks_no_fingerprint(tmp_path):
+    store = Store(tmp_path)
+    made = store.obtain(Thing, "thing", KEY, make)
+    (made.path / "manifest.json").unlink()  # how earlier versions began to remove
+    again = store.obtain(Thing, "thing", KEY, make)
+    assert (again.digest, store.find(Thing, "thing", KEY)) == (made.digest, again)
+
+
+def test_what_was_removed_is_out_of_sight_at_once_and_gone_with_the_next_clean_up(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    made = store.obtain(Thing, "thing", KEY, make)
+    with monkeypatch.context() as patch:
+        patch.setattr("qlora_core.store.discard", lambda _: None)  # killed before the first file went
+        store.remove(made.path)
+    assert not made.path.exists()
+    assert store.find(Thing, "thing", KEY) is None
+    assert list(store.root.glob("trash/*/sub/file.txt"))
+    store.empty_trash()
+    assert not list(store.root.glob("trash/*"))
+
+
+def test_work_whose_artifact_is_there_already_goes(tmp_path):
+    """Its process was killed between the rename and the end."""
+    store = Store(tmp_path)
+    made = store.obtain(Thing, "thing", KEY, make)
+    work = tmp_path / "work" / f"thing-{KEY}"
+    work.mkdir()
+    (work / "checkpoint").write_text("x")
+    assert store.obtain(Thing, "thing", KEY, make) == made
+    assert not work.exists()

@@ -62,10 +62,10 @@ def copies(registry: ModelRegistry) -> Path:
 
 
 def test_a_plain_folder_gets_the_digest_of_its_files_once(registry, by_hand, model):
-    found = with_digest(registry, by_hand, copies(registry))
+    found = with_digest(registry, by_hand)
     assert len(found.model_digest) == 64
     assert registry.version(by_hand.name, 1).model_digest == found.model_digest
-    assert with_digest(registry, found, Path("/nowhere")) == found
+    assert with_digest(registry, found) == found
     fetched = registry.fetch(found, copies(registry))
     assert (fetched / "model.safetensors").read_bytes() == (model / "model.safetensors").read_bytes()
     assert registry.example(found) == []
@@ -78,7 +78,7 @@ def test_files_that_are_no_model_are_refused_in_words(registry, tmp_path, reques
     for number, source in enumerate((tmp_path.as_uri(), (tmp_path / "gone").as_uri()), start=1):
         registry.client.create_model_version(name, source=source)
         with pytest.raises(RegistryError, match=rf"version {number} has no files that transformers loads: no config"):
-            with_digest(registry, registry.version(name, number), copies(registry))
+            with_digest(registry, registry.version(name, number))
 
 
 @pytest.mark.slow
@@ -89,7 +89,7 @@ def test_a_champion_set_by_hand_is_scored_as_a_plain_model_folder(registry, by_h
     tracker = Tracker(registry.settings)
     retraining = tracker.begin(RECIPE, "flow-1", None)
     stage = Stage("evaluate", retraining)
-    scores = _champion_scores(stage, registry, with_digest(registry, rival, copies(registry)), dataset)
+    scores = _champion_scores(stage, registry, with_digest(registry, rival), dataset)
     assert scores.scores["loss"] > 0
     assert scores.model_digest == registry.version(by_hand.name, 1).model_digest
 

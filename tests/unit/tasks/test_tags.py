@@ -156,7 +156,7 @@ def test_every_command_answers_whatever_our_tags_hold_and_reconcile_repairs_them
     ):
         answers(*command)
     for ask in (
-        lambda version: with_digest(registry, version, registry.settings.root / "champions"),
+        lambda version: with_digest(registry, version),
         lambda version: rows_of(registry, Store(registry.settings.store), version),
         lambda version: reopened(registry, Tracker(registry.settings), version, "flow-1"),
         lambda version: _is_over(registry, version.tags.get("qlora.parent_run", "")),

@@ -16,8 +16,9 @@ from qlora_core.events import Metrics
 from qlora_core.recipe import Recipe
 from tasks import evaluate_task, merge_task, orphans
 from tasks.orphans import end_orphans
+from tasks.processes import this_process
 from tasks.settings import Settings
-from tasks.tracking import Described, Tracker, flatten, owner_is_alive, this_process
+from tasks.tracking import Described, Tracker, flatten
 
 RECIPE = Recipe.model_validate(
     {"name": "r", "model": {"source": "local", "path": "m"}, "data": {"rows": [{"source": "local", "path": "d"}]}}
@@ -217,14 +218,6 @@ def test_nested_values_become_dotted_names():
     assert flat == {"a.b": "1", "a.c": "[1, 2]", "d": "null", "e": "text"}
 
 
-def test_a_process_is_known_by_number_and_start():
-    mine = this_process()
-    host, pid, started = mine.split(":")
-    assert owner_is_alive(mine)
-    assert not owner_is_alive(f"{host}:{pid}:{float(started) - 100:.2f}")
-    assert not owner_is_alive("")
-
-
 def test_a_run_that_is_just_being_made_is_nobodys_orphan(tracker, monkeypatch):
     """Whoever looks for orphans may do so between any two requests of those that begin a run."""
     looked = []
@@ -254,7 +247,7 @@ def test_a_run_that_is_just_being_made_is_nobodys_orphan(tracker, monkeypatch):
 def test_an_orphan_that_somebody_goes_on_with_in_the_meantime_is_left_alone(tracker, monkeypatch):
     retraining = begin(tracker, "taken-over")
     old = tracker.client.get_run(retraining.parent_run_id)
-    old.data.tags["qlora.owner"] = this_process().rpartition(":")[0] + ":1.00"
+    old.data.tags["qlora.owner"] = this_process().rpartition(":")[0] + ":1"
     monkeypatch.setattr(orphans, "_end_stale_flow_runs", lambda _: None)
     monkeypatch.setattr(tracker, "open_runs", lambda: [old])
     assert end_orphans(tracker) == []
