@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from flows.terminal import prepare_process
 from tasks.occasions import Occasion
 
 if TYPE_CHECKING:
@@ -40,6 +41,30 @@ ExportKind = Annotated[
 Cron = Annotated[str | None, typer.Option(help="When, as a cron line such as '0 2 * * *'.")]
 TimeZone = Annotated[str, typer.Option(help="Of the cron line, such as Europe/Berlin.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        import platform
+        from importlib.metadata import version
+
+        typer.echo(f"qlora-flows {version('qlora-flows')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_show_version,
+            is_eager=True,
+            help="Print the version; `qlora doctor` shows all others.",
+        ),
+    ] = False,
+) -> None:
+    """Scheduled QLoRA retraining: from a base model and your data to a verified model behind an alias."""
 
 
 @app.command()
@@ -218,7 +243,7 @@ def chat(
 def serve(
     model: ModelAtAlias,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
 ) -> None:
     """Serve a registered model to OpenAI clients, with `transformers serve`."""
     settings = _start()
@@ -238,8 +263,8 @@ def export(model: ModelAtAlias, kind: ExportKind) -> None:
 
 @app.command()
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect UI.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow UI.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prefect UI.")] = 4200,
     browser: Annotated[bool, typer.Option(help="Open both pages.")] = True,
 ) -> None:
     """Serve the MLflow UI and the Prefect UI of the local stores until Ctrl-C."""
@@ -283,7 +308,9 @@ def serve_flows(
     recipes: Annotated[list[Path], typer.Argument(help="Recipes to retrain.")],
     cron: Cron = None,
     timezone: TimeZone = "UTC",
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect server, where none is set.")] = 4200,
+    prefect_port: Annotated[
+        int, typer.Option(min=1, max=65535, help="Port of the Prefect server, where none is set.")
+    ] = 4200,
 ) -> None:
     """Run the schedules of recipes on this machine until Ctrl-C; no worker is needed."""
     settings = _start()
@@ -335,6 +362,7 @@ def main() -> NoReturn:
     """Entry point: an expected error is one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        prepare_process()
         app(standalone_mode=True)
     except Exception as error:
         _explain(error)

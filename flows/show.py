@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from flows.terminal import print_json
 from qlora_core.artifacts import ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
 from tasks.registry import Version
@@ -90,7 +91,7 @@ def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
     registry = ModelRegistry(settings)
     if as_json:
         found = registry.search(f"name = '{name}'" if name else None)
-        console.print_json(json.dumps([version.model_dump(mode="json") for version in found]))
+        print_json(console, json.dumps([version.model_dump(mode="json") for version in found]))
         return
     models = registry.models(f"name = '{name}'" if name else None)
     if not models:

@@ -8,6 +8,7 @@ from pydantic import Field
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from tasks import configure_mlflow
+from tasks.environment import check_proxies, expanded, give_user_a_home
 
 
 class Settings(BaseSettings):
@@ -34,7 +35,7 @@ class Settings(BaseSettings):
     @property
     def root(self) -> Path:
         """The home as an absolute path; a relative one in a database would follow the working directory."""
-        return self.home.expanduser().resolve()
+        return expanded(self.home, "QLORA_HOME").resolve()
 
     @property
     def store(self) -> Path:
@@ -44,7 +45,7 @@ class Settings(BaseSettings):
     @property
     def downloads_folder(self) -> Path:
         """Where fetched archives are kept."""
-        return self.downloads.expanduser().resolve() if self.downloads else self.root / "downloads"
+        return expanded(self.downloads, "QLORA_DOWNLOADS").resolve() if self.downloads else self.root / "downloads"
 
     @property
     def mlflow_uri(self) -> str:
@@ -67,7 +68,13 @@ class Settings(BaseSettings):
             (self.root / name).mkdir(parents=True, exist_ok=True)
 
     def configure_libraries(self) -> None:
-        """Point Prefect at the home, before it is imported, and calm MLflow; what the user has set stays."""
+        """Point Prefect at the home, before it is imported, and calm MLflow; what the user has set stays.
+
+        Raises:
+            QloraError: a proxy in the environment cannot be used, or the home cannot be named.
+        """
+        check_proxies()
+        give_user_a_home(self.root)
         configure_mlflow()
         defaults = {
             "DO_NOT_TRACK": "1",
