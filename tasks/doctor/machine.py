@@ -31,8 +31,9 @@ def versions(settings: Settings) -> Iterator[Check]:
     if sys.version_info[:2] < LEAST_PYTHON:
         yield failed("versions", here, f"use Python {'.'.join(map(str, LEAST_PYTHON))} or newer")
         return
+    wanted = requires(DISTRIBUTION) or ()
     yield ok("versions", f"{DISTRIBUTION} {_installed(DISTRIBUTION)}, {here}")
-    yield from unmet(requires(DISTRIBUTION) or ())
+    yield from unmet(wanted)
 
 
 def unmet(requirements: Sequence[str]) -> Iterator[Check]:
