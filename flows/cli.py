@@ -396,9 +396,16 @@ def _explained(error: Exception) -> "QloraError":
 
 def _start():  # type: ignore[no-untyped-def]
     """Settings for this command, with Prefect and MLflow told of them before they are imported."""
+    from pydantic import ValidationError
+
+    from qlora_core.errors import RecipeError
     from tasks.settings import Settings
 
-    settings = Settings()
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        wrong = (f"QLORA_{str(one['loc'][0]).upper()} is {one['input']!r}: {one['msg']}" for one in error.errors())
+        raise RecipeError("; ".join(wrong)) from None
     settings.configure_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return settings

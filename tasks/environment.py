@@ -48,7 +48,7 @@ def check_proxies() -> None:
 
 
 def give_user_a_home(root: Path) -> None:
-    """Set `HOME` to a folder in the home of this installation where the user has none that can be written.
+    """Set `HOME` to a folder in the home of this installation where the user has none.
 
     Kubernetes and OpenShift run containers as a user without an entry in passwd, with `HOME` unset or `/`. Libraries
     keep caches and settings in that folder, and some take the user's name for the names of folders.
@@ -126,12 +126,12 @@ def _check_proxy(name: str, value: str) -> None:
 
 
 def _has_home() -> bool:
-    """Whether there is a folder of this user that can be written, or be made."""
+    """Whether there is a folder of this user, or one can be made; it may hold tokens, also where it is read-only."""
     try:
         home = Path("~").expanduser()
     except RuntimeError:
         return False
-    if not home.is_absolute():
-        return False
-    nearest = next(folder for folder in (home, *home.parents) if folder.exists())
-    return os.access(nearest, os.W_OK | os.X_OK)
+    if home.is_dir() and home != Path(home.anchor):
+        return True
+    nearest = next((folder for folder in (home, *home.parents) if folder.is_dir()), Path())
+    return home.is_absolute() and os.access(nearest, os.W_OK | os.X_OK)

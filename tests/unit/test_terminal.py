@@ -104,6 +104,12 @@ def test_a_reader_that_goes_away_is_no_traceback(arguments, tmp_path):
     assert result.stderr == b""
 
 
+def test_a_setting_that_is_no_setting_is_refused_in_words(tmp_path):
+    result = ended([*QLORA, "store", "ls"], QLORA_HOME=str(tmp_path), QLORA_METRICS_EVERY_STEPS="often")
+    assert result.returncode == 2
+    assert result.stderr.startswith(b"error: QLORA_METRICS_EVERY_STEPS is 'often': Input should be a valid integer")
+
+
 @pytest.mark.parametrize("platform", ["darwin", "win32"])
 def test_another_platform_is_refused_in_words(platform):
     program = (

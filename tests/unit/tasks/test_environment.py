@@ -190,7 +190,10 @@ def test_a_home_that_begins_with_a_tilde_is_refused_in_words_where_the_user_has_
     assert result.stderr.startswith(f"error: QLORA_HOME is ~/qlora, and uid {NOBODY} has no home")
 
 
-def test_a_user_with_a_home_and_a_name_keeps_them(monkeypatch, tmp_path):
+@pytest.mark.parametrize("mode", [0o700, 0o500])
+def test_a_user_with_a_home_and_a_name_keeps_them(mode, monkeypatch, tmp_path):
+    """It may hold tokens of hubs, also where it is read-only."""
+    tmp_path.chmod(mode)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("LOGNAME", "someone")
     give_user_a_home(tmp_path / "home")
