@@ -46,12 +46,13 @@ def serve(settings: Settings, mlflow_port: int, prefect_port: int, browser: bool
     Raises:
         QloraError: a port is taken, or a server did not come up or ended by itself.
     """
-    settings.make_home()
     pages, servers = _team_pages(settings), list[LocalServer]()
     ports = {MLFLOW: mlflow_port, PREFECT: prefect_port}
     local = {name: port for name, port in ports.items() if name not in pages}
     for name, page in pages.items():
         _show(name, page, browser, "the team's server")
+    if local:
+        settings.make_home()
     for name, port in local.items():
         _require_free(name, port, settings)
     try:

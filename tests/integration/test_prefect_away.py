@@ -16,7 +16,10 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
-@pytest.mark.parametrize("command", ["run", "reconcile", "deploy", "data publish", "notify", "serve-flows"])
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("deploy", "data publish", "notify", "serve-flows")]
+
+
+@pytest.mark.parametrize("command", ["run", "reconcile", *SLOW])
 def test_a_prefect_server_that_is_away_at_the_start_is_said_in_words(command, recipe, tmp_path):
     arguments = {"reconcile": [], "notify": ["slack-webhook/team"]}.get(command, [recipe])
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("QLORA_", "MLFLOW_", "PREFECT_"))}

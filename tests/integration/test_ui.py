@@ -70,7 +70,7 @@ def test_servers_of_a_team_are_named_and_none_is_started(alone, tmp_path):
     assert "https://mlflow.example.org" in result.stdout
     assert "http://127.0.0.1:9 " in result.stdout
     assert "secret" not in result.stdout
-    assert not (tmp_path / "home" / "logs").exists()
+    assert not (tmp_path / "home").exists()
 
 
 def child(folder: Path, script: str, port: int) -> ui.LocalServer:
