@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
-from flows.terminal import prepare_process
+from flows.terminal import prepare_process, show_version
 from tasks.occasions import Occasion
 
 if TYPE_CHECKING:
@@ -42,28 +42,13 @@ Cron = Annotated[str | None, typer.Option(help="When, as a cron line such as '0 
 TimeZone = Annotated[str, typer.Option(help="Of the cron line, such as Europe/Berlin.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
 
-
-def _show_version(asked: bool) -> None:
-    if asked:
-        import platform
-        from importlib.metadata import version
-
-        typer.echo(f"qlora-flows {version('qlora-flows')}, Python {platform.python_version()}")
-        raise typer.Exit
+ShowVersion = Annotated[
+    bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and end.")
+]
 
 
 @app.callback()
-def options(
-    version: Annotated[
-        bool,
-        typer.Option(
-            "--version",
-            callback=_show_version,
-            is_eager=True,
-            help="Print the version; `qlora doctor` shows all others.",
-        ),
-    ] = False,
-) -> None:
+def options(version: ShowVersion = False) -> None:
     """Scheduled QLoRA retraining: from a base model and your data to a verified model behind an alias."""
 
 
@@ -396,16 +381,9 @@ def _explained(error: Exception) -> "QloraError":
 
 def _start():  # type: ignore[no-untyped-def]
     """Settings for this command, with Prefect and MLflow told of them before they are imported."""
-    from pydantic import ValidationError
+    from tasks.settings import settings_of_environment
 
-    from qlora_core.errors import RecipeError
-    from tasks.settings import Settings
-
-    try:
-        settings = Settings()
-    except ValidationError as error:
-        wrong = (f"QLORA_{str(one['loc'][0]).upper()} is {one['input']!r}: {one['msg']}" for one in error.errors())
-        raise RecipeError("; ".join(wrong)) from None
+    settings = settings_of_environment()
     settings.configure_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return settings

@@ -90,6 +90,18 @@ def print_json(console: "Console", text: str) -> None:
     console.print_json(text, ensure_ascii=not holds_unicode())
 
 
+def show_version(asked: bool) -> None:
+    """Print this program's version and Python's, without importing anything heavy."""
+    if asked:
+        import platform
+        from importlib.metadata import version
+
+        import typer
+
+        typer.echo(f"qlora-flows {version('qlora-flows')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
 def _replace(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error

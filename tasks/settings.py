@@ -4,9 +4,10 @@ import os
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from qlora_core.errors import RecipeError
 from tasks import configure_mlflow
 from tasks.environment import check_proxies, expanded, give_user_a_home
 
@@ -89,6 +90,19 @@ class Settings(BaseSettings):
             }
         for name, value in defaults.items():
             os.environ.setdefault(name, value)
+
+
+def settings_of_environment() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        RecipeError: a variable holds a value of the wrong type.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = (f"QLORA_{str(one['loc'][0]).upper()} is {one['input']!r}: {one['msg']}" for one in error.errors())
+        raise RecipeError("; ".join(wrong)) from None
 
 
 def without_secrets(uri: str) -> str:
