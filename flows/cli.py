@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from flows.terminal import prepare_process, show_version
 from tasks.occasions import Occasion
 
 if TYPE_CHECKING:
@@ -43,6 +44,15 @@ Cron = Annotated[
 ]
 TimeZone = Annotated[str, typer.Option(help="Time zone of the cron line, such as Europe/Berlin.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for other programs.")]
+
+ShowVersion = Annotated[
+    bool, typer.Option("--version", callback=show_version, is_eager=True, help="Print the version and end.")
+]
+
+
+@app.callback()
+def options(version: ShowVersion = False) -> None:
+    """Scheduled QLoRA retraining: from a base model and your data to a verified model behind an alias."""
 
 
 @app.command()
@@ -221,7 +231,7 @@ def chat(
 def serve(
     model: ModelAtAlias,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen at.")] = 8000,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
 ) -> None:
     """Serve a registered model to OpenAI clients, with `transformers serve`."""
     settings = _start()
@@ -241,8 +251,8 @@ def export(model: ModelAtAlias, kind: ExportKind) -> None:
 
 @app.command()
 def ui(
-    mlflow_port: Annotated[int, typer.Option(help="Port of the MLflow UI.")] = 5000,
-    prefect_port: Annotated[int, typer.Option(help="Port of the Prefect UI.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the MLflow UI.")] = 5000,
+    prefect_port: Annotated[int, typer.Option(min=1, max=65535, help="Port of the Prefect UI.")] = 4200,
     browser: Annotated[bool, typer.Option(help="Open both pages.")] = True,
 ) -> None:
     """Serve the MLflow UI and the Prefect UI of the local stores until Ctrl-C."""
@@ -287,7 +297,7 @@ def serve_flows(
     cron: Cron = None,
     timezone: TimeZone = "UTC",
     prefect_port: Annotated[
-        int, typer.Option(help="Port of the Prefect server, where PREFECT_API_URL is not set.")
+        int, typer.Option(min=1, max=65535, help="Port of the Prefect server, where PREFECT_API_URL is not set.")
     ] = 4200,
 ) -> None:
     """Run the schedules of recipes on this machine until Ctrl-C; no worker is needed."""
@@ -340,6 +350,7 @@ def main() -> NoReturn:
     """Entry point: an expected error is one message and an exit code, never a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
+        prepare_process()
         app(standalone_mode=True)
     except Exception as error:
         _explain(error)
@@ -373,9 +384,9 @@ def _explained(error: Exception) -> "QloraError":
 
 def _start():  # type: ignore[no-untyped-def]
     """Settings for this command, with Prefect and MLflow told of them before they are imported."""
-    from tasks.settings import Settings
+    from tasks.settings import settings_of_environment
 
-    settings = Settings()
+    settings = settings_of_environment()
     settings.configure_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     _show_warnings()

@@ -6,6 +6,7 @@ import sys
 from rich.console import Console
 from rich.markup import escape
 
+from flows.terminal import print_json
 from qlora_core.errors import QloraError
 from tasks.doctor import examine
 from tasks.doctor.check import Check
@@ -29,7 +30,7 @@ def examine_all(as_json: bool, settings: Settings) -> None:
         if not as_json:
             _show(check)
     if as_json:
-        console.print_json(json.dumps([check.model_dump(mode="json") for check in checks]))
+        print_json(console, json.dumps([check.model_dump(mode="json") for check in checks]))
     failures = [check.what for check in checks if check.status == "fail"]
     if failures:
         sys.stdout.flush()

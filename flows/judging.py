@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.tree import Tree
 
 from flows.show import console, format_number, show_edits
+from flows.terminal import print_json
 from qlora_core.errors import RegistryError
 from tasks import moves
 from tasks.comparing import Lineage, compare, trace
@@ -95,7 +96,7 @@ def show_comparison(left: str, right: str, as_json: bool, settings: Settings) ->
     registry = ModelRegistry(settings)
     found = compare(registry, registry.resolve(left), registry.resolve(right))
     if as_json:
-        console.print_json(found.model_dump_json())
+        print_json(console, found.model_dump_json())
         return
     names = [f"version {version.number}" for version in (found.left, found.right)]
     table = Table(found.left.name, *names, "difference", box=None, header_style="bold", padding=(0, 2))
@@ -116,7 +117,7 @@ def show_lineage(reference: str, as_json: bool, settings: Settings) -> None:
     registry = ModelRegistry(settings)
     found = trace(registry, registry.resolve(reference))
     if as_json:
-        console.print_json(found.model_dump_json())
+        print_json(console, found.model_dump_json())
         return
     console.print(_tree(found))
 
@@ -173,4 +174,4 @@ def _say(registry: ModelRegistry, version: Version, sentence: str, as_json: bool
         console.print(sentence)
         return
     now: dict[str, Any] = registry.version(version.name, version.number).model_dump(mode="json")
-    console.print_json(json.dumps({"version": now, "aliases": registry.aliases(version.name)}))
+    print_json(console, json.dumps({"version": now, "aliases": registry.aliases(version.name)}))

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from flows.terminal import print_json
 from qlora_core.artifacts import ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
 from tasks.registry import Version
@@ -91,7 +92,7 @@ def show_models(name: str | None, as_json: bool, settings: Settings) -> None:
     registry = ModelRegistry(settings)
     if as_json:
         found = registry.versions(registry.known_model(name).name) if name else registry.search()
-        console.print_json(json.dumps([version.model_dump(mode="json") for version in found]))
+        print_json(console, json.dumps([version.model_dump(mode="json") for version in found]))
         return
     models = [registry.known_model(name)] if name else registry.models()
     if not models:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from rich.console import Console
 from rich.table import Table
 
+from flows.terminal import print_json
 from qlora_core.cleanup import clean_up, unneeded
 from qlora_core.errors import StoreError
 from qlora_core.inventory import damage, inventory, is_locked, needed
@@ -29,7 +30,7 @@ def show_store(as_json: bool, settings: Settings) -> None:
             {**item.model_dump(mode="json"), "needed_by": why.get(item.path, ()), "in_use": is_locked(store, item)}
             for item in items
         ]
-        console.print_json(json.dumps(rows))
+        print_json(console, json.dumps(rows))
         return
     table = Table("what", "fingerprint", "MB", "last used (UTC)", "needed by", box=None, header_style="bold")
     table.columns[2].justify = "right"

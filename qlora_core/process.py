@@ -28,6 +28,7 @@ from typing import Any
 from qlora_core.artifacts import Record
 from qlora_core.errors import ERRORS_BY_NAME, ChildError, QloraError
 from qlora_core.events import EVENT, Metrics, Note, Progress, Report
+from qlora_core.limits import usable_cpus
 from qlora_core.store import write_atomically
 
 POLL_S = 0.1
@@ -162,7 +163,7 @@ def _join(folder: Path) -> None:
 
 
 def _environment(processes: int) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
+    threads = max(1, usable_cpus() // processes)
     offline = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     return {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **offline, **KEEP_FREED_MEMORY, **os.environ}
 

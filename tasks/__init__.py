@@ -2,6 +2,8 @@
 
 import os
 
+from tasks.environment import keep_loopback_off_proxies
+
 
 def configure_mlflow() -> None:
     """Defaults for what MLflow reads from the environment; what the user has set stays."""
@@ -19,3 +21,4 @@ def configure_mlflow() -> None:
 # Only modules of this package import MLflow, so every flow has them in time, however it was started. MLflow's telemetry
 # would change the environment in a thread, and a request that is just reading all variables would fail.
 configure_mlflow()
+keep_loopback_off_proxies()

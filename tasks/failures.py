@@ -26,6 +26,9 @@ NOT_OURS = re.compile(r"readonly database|unable to open database file")
 """What SQLite says of a file or folder that this user may not write."""
 BUSY = re.compile(r"QueuePool limit")
 """What SQLAlchemy says in a server all of whose connections are in use; passed on as a bad request, too."""
+UNREACHED = "Failed to reach API at"
+NOT_STARTED = "ephemeral Prefect API server"
+"""Words of Prefect's client about a server that is away, and about one that it has started itself."""
 LONGEST_TEXT_CHARACTERS = 300
 RIGHT = "Give it the right to, or use another place (QLORA_HOME, QLORA_DOWNLOADS, HF_HOME, TMPDIR)"
 MACHINE = {
@@ -100,7 +103,7 @@ def explain_prefect(error: BaseException) -> QloraError | None:
     """
     where = without_secrets(os.environ.get("PREFECT_API_URL", ""))
     if not where:
-        return None
+        return _explain_embedded_prefect(error)
     if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
         return QloraError(
             f"Prefect at {where} does not let us in ({error.response.status_code}): look at PREFECT_API_AUTH_STRING "
@@ -111,9 +114,44 @@ def explain_prefect(error: BaseException) -> QloraError | None:
             f"Prefect at {where} failed ({error.response.status_code}); is its database up? What was made is kept, and "
             "the same command goes on once Prefect answers"
         )
-    if isinstance(error, httpx.TransportError):
-        return QloraError(f"Prefect at {where} does not answer ({type(error).__name__}); is the server up?")
+    if isinstance(error, httpx.TransportError) or _says(error, UNREACHED):
+        return QloraError(
+            f"Prefect at {where} does not answer ({_kind_of(error)}); is the server up? Start it, or correct "
+            "PREFECT_API_URL; `qlora doctor` looks at it. What was made is kept, and the same command goes on once "
+            "Prefect answers"
+        )
     return None
+
+
+def _explain_embedded_prefect(error: BaseException) -> QloraError | None:
+    """The same for the server that a flow brings along."""
+    lost = isinstance(error, httpx.TransportError) and _asked(error).startswith("http://127.0.0.1:")
+    if not lost and not _says(error, NOT_STARTED):
+        return None
+    what = "stopped answering" if lost else "did not start"
+    said = scrubbed(" ".join(str(error).split()))[:LONGEST_TEXT_CHARACTERS]
+    return QloraError(
+        f"the embedded Prefect server {what} ({_kind_of(error)}: {said}). What was made is kept, and the same command "
+        "goes on from there; on a slow machine PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS gives it more time"
+    )
+
+
+def _says(error: BaseException, sentence: str) -> bool:
+    """Whether it is the error that Prefect raises with these words; its type is a plain RuntimeError."""
+    return isinstance(error, RuntimeError) and sentence in str(error)
+
+
+def _kind_of(error: BaseException) -> str:
+    """The type of what httpx has met, where Prefect's client has wrapped it."""
+    cause = error.__cause__ or error.__context__
+    return type(cause if isinstance(error, RuntimeError) and cause is not None else error).__name__
+
+
+def _asked(error: httpx.TransportError) -> str:
+    try:
+        return str(error.request.url)
+    except RuntimeError:  # raised without a request
+        return ""
 
 
 def scrubbed(text: str) -> str:

@@ -10,7 +10,6 @@ Every step may be repeated. Whoever comes after a crash (the next move, or `reco
 or takes it back if a version that it needs is gone. Servers see a champion at every moment: its alias moves at once.
 """
 
-import getpass
 import json
 import socket
 from collections.abc import Mapping
@@ -19,6 +18,7 @@ from datetime import UTC, datetime
 from qlora_core.artifacts import Record
 from qlora_core.errors import ChampionChangedError, RegistryError
 from tasks import tags as known_tags
+from tasks.environment import user_name
 from tasks.locks import registry_lock
 from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS, Model, ModelRegistry, Version
 from tasks.tags import (
@@ -152,7 +152,7 @@ def remedy(registry: ModelRegistry, model: Model) -> str | None:
 
 def me(why: str) -> Author:
     """The person at this terminal."""
-    return Author(who=f"{getpass.getuser()}@{socket.gethostname()}", why=why)
+    return Author(who=f"{user_name()}@{socket.gethostname()}", why=why)
 
 
 def _settled(registry: ModelRegistry, name: str) -> Model:

@@ -4,10 +4,12 @@ import os
 from pathlib import Path
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from qlora_core.errors import RecipeError
 from tasks import configure_mlflow
+from tasks.environment import check_proxies, expanded, give_user_a_home
 
 PREFECT_DATABASE = ("PREFECT_SERVER_DATABASE_CONNECTION_URL", "PREFECT_API_DATABASE_CONNECTION_URL")
 """Where Prefect looks for the address of its database, before its own home."""
@@ -37,7 +39,7 @@ class Settings(BaseSettings):
     @property
     def root(self) -> Path:
         """The home as an absolute path; a relative one in a database would follow the working directory."""
-        return self.home.expanduser().resolve()
+        return expanded(self.home, "QLORA_HOME").resolve()
 
     @property
     def store(self) -> Path:
@@ -47,7 +49,7 @@ class Settings(BaseSettings):
     @property
     def downloads_folder(self) -> Path:
         """Where fetched archives are kept."""
-        return self.downloads.expanduser().resolve() if self.downloads else self.root / "downloads"
+        return expanded(self.downloads, "QLORA_DOWNLOADS").resolve() if self.downloads else self.root / "downloads"
 
     @property
     def mlflow_uri(self) -> str:
@@ -100,7 +102,13 @@ class Settings(BaseSettings):
         open_home(self, with_prefect=True)
 
     def configure_libraries(self) -> None:
-        """Point Prefect at the home, before it is imported, and calm MLflow; what the user has set stays."""
+        """Point Prefect at the home, before it is imported, and calm MLflow; what the user has set stays.
+
+        Raises:
+            QloraError: a proxy in the environment cannot be used, or the home cannot be named.
+        """
+        check_proxies()
+        give_user_a_home(self.root)
         configure_mlflow()
         defaults = {
             "DO_NOT_TRACK": "1",
@@ -131,6 +139,19 @@ def sqlite_url(path: Path, driver: str = "") -> str:
     if "?" not in str(path):
         return f"sqlite{'+' if driver else ''}{driver}:///{path}"
     return f"sqlite+{driver or 'pysqlite'}:///file:{quote(str(path))}?uri=true"
+
+
+def settings_of_environment() -> Settings:
+    """The settings of this process.
+
+    Raises:
+        RecipeError: a variable holds a value of the wrong type.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        wrong = (f"QLORA_{str(one['loc'][0]).upper()} is {one['input']!r}: {one['msg']}" for one in error.errors())
+        raise RecipeError("; ".join(wrong)) from None
 
 
 def without_secrets(uri: str) -> str:

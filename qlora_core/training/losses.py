@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig
 from qlora_core.artifacts import ModelSnapshot
 from qlora_core.errors import TrainingError
 from qlora_core.events import Note, Report
+from qlora_core.limits import available_memory_bytes
 from qlora_core.modeling.rows import TokenRows
 from qlora_core.training.engine import families, flash4, quack
 from qlora_core.training.engine.compiled import start, why_not
@@ -93,7 +94,7 @@ def _available_gib(device: torch.device) -> float:
         free, _ = torch.cuda.mem_get_info(device)
         return (free + torch.cuda.memory_reserved(device)) * USABLE / GIB
     if device.type == "cpu":
-        mine, free = psutil.Process().memory_info().rss, psutil.virtual_memory().available
+        mine, free = psutil.Process().memory_info().rss, available_memory_bytes()
         return float(mine + free * USABLE / 2) / GIB  # others may train here as well
     return inf
 

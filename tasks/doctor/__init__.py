@@ -14,6 +14,7 @@ def examine(settings: Settings) -> Iterator[Check]:
     """Every check, as it is made; one that breaks is a failure of its own and hides no other."""
     looks: tuple[tuple[str, Callable[[Settings], Iterator[Check]]], ...] = (
         ("versions", machine.versions),
+        ("machine", machine.resources),
         ("GPU", machine.gpus),
         ("disk", machine.disk),
         ("home", home.examine),

@@ -11,8 +11,10 @@ from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 from packaging.requirements import Requirement
 
+from qlora_core.limits import usable_cpus, usable_memory_bytes
 from tasks.doctor.check import Check, failed, ok, warned
 from tasks.settings import Settings
 
@@ -29,10 +31,9 @@ def versions(settings: Settings) -> Iterator[Check]:
     if sys.version_info[:2] < LEAST_PYTHON:
         yield failed("versions", here, f"use Python {'.'.join(map(str, LEAST_PYTHON))} or newer")
         return
-    wrong = list(unmet(requires(DISTRIBUTION) or ()))
-    if not wrong:
-        yield ok("versions", f"{DISTRIBUTION} {_installed(DISTRIBUTION)}, {here}")
-    yield from wrong
+    wanted = requires(DISTRIBUTION) or ()
+    yield ok("versions", f"{DISTRIBUTION} {_installed(DISTRIBUTION)}, {here}")
+    yield from unmet(wanted)
 
 
 def unmet(requirements: Sequence[str]) -> Iterator[Check]:
@@ -48,6 +49,16 @@ def unmet(requirements: Sequence[str]) -> Iterator[Check]:
         elif found != "missing" and not requirement.specifier.contains(found, prereleases=True):
             said = f"{requirement.name} {found} is not {requirement.specifier}"
             yield failed("versions", said, f"pip install '{wanted}'")
+
+
+def resources(settings: Settings) -> Iterator[Check]:
+    """The platform, and what the limits of a container leave of CPUs and memory."""
+    cpus, memory_gib = usable_cpus(), usable_memory_bytes() / 2**30
+    less = cpus < (os.cpu_count() or 1) or memory_gib * 2**30 < psutil.virtual_memory().total
+    limits = ", as the limits of this container or process are" if less else ""
+    yield ok(
+        "machine", f"{platform.system()} {platform.machine()}, {cpus} CPUs, {memory_gib:.1f} GiB of memory{limits}"
+    )
 
 
 def gpus(settings: Settings) -> Iterator[Check]:

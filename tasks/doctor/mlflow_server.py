@@ -5,13 +5,13 @@ import re
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from getpass import getuser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from uuid import uuid4
 
 import mlflow
 from mlflow import MlflowClient
+from mlflow.entities import LifecycleStage
 from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 from mlflow.utils.credentials import get_default_host_creds
@@ -19,6 +19,7 @@ from mlflow.utils.rest_utils import http_request
 from packaging.version import Version
 
 from tasks.doctor.check import Check, clock, failed, ok, warned
+from tasks.environment import user_name
 from tasks.failures import explain
 from tasks.settings import Settings, without_secrets
 
@@ -91,13 +92,12 @@ def _credentials(error: MlflowException, uri: str) -> Check:
 
 
 def _store(client: MlflowClient) -> Check:
-    """Write, read and delete a file as a stage would: in a run of an experiment of this user's own."""
-    name = f"qlora-doctor-{os.environ.get('MLFLOW_TRACKING_USERNAME') or getuser()}"
-    content, doing, run_id = uuid4().hex, "make a run", None
+    """Write, read and delete a file as a stage would: in a run of an experiment of its own, which is deleted."""
+    name = f"qlora-doctor-{os.environ.get('MLFLOW_TRACKING_USERNAME') or user_name()}"
+    content, doing, run_id, experiment_id = uuid4().hex, "make a run", None, None
     do = "look at MLflow's log: its S3 endpoint, bucket and keys (MLFLOW_S3_ENDPOINT_URL, AWS_ACCESS_KEY_ID)"
     try:
-        found = client.get_experiment_by_name(name)
-        experiment_id = found.experiment_id if found else client.create_experiment(name)
+        experiment_id = _experiment(client, name)
         run = client.create_run(experiment_id, run_name="qlora doctor")
         run_id = run.info.run_id
         doing = "write"
@@ -114,7 +114,21 @@ def _store(client: MlflowClient) -> Check:
         with suppress(MlflowException):
             if run_id is not None:
                 client.delete_run(run_id)
+        with suppress(MlflowException):
+            if experiment_id is not None:
+                client.delete_experiment(experiment_id)
     return ok("object store", f"written, read and deleted through MLflow, at {without_secrets(run.info.artifact_uri)}")
+
+
+def _experiment(client: MlflowClient, name: str) -> str:
+    """An experiment for a moment; the one of the last time lies in MLflow's trash and keeps its name."""
+    found = client.get_experiment_by_name(name)
+    if found is None:
+        made: str = client.create_experiment(name)
+        return made
+    if found.lifecycle_stage == LifecycleStage.DELETED:
+        client.restore_experiment(found.experiment_id)
+    return str(found.experiment_id)
 
 
 def _root_of(error: BaseException) -> str:

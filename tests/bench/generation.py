@@ -8,7 +8,6 @@ line, is printed and appended to tests/bench/results/generation.jsonl.
 
 import argparse
 import json
-import os
 import platform
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 import transformers
 
 from qlora_core.evaluation.generation import end_of_turn_ids, generate
+from qlora_core.limits import usable_cpus
 from qlora_core.modeling.device import name_of, pick_device
 from qlora_core.modeling.load import load_full
 from qlora_core.modeling.rows import read_prompts
@@ -115,7 +115,7 @@ def _timed(work: Callable[[], list[list[int]]]) -> tuple[Taken, list[list[int]]]
 def _device(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} CPU, {usable_cpus()} cores, {torch.get_num_threads()} threads"
 
 
 if __name__ == "__main__":

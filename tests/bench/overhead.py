@@ -27,6 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from qlora_core.events import Event, Metrics
+from qlora_core.limits import usable_cpus
 from qlora_core.recipe import Lora, TrainRecipe
 from qlora_core.training.launch import train
 from tests.bench.scaling import fresh, random_base, random_rows, where
@@ -76,7 +77,7 @@ def empty_flow() -> dict[str, Any]:
         "processor_seconds_of_the_flow": round(processor_s, 2),
         "seconds_with_process_start": round(process_s, 2),
         "servers": "PostgreSQL, Prefect, MLflow with users, S3 on the same cores",
-        "cores": os.cpu_count(),
+        "cores": usable_cpus(),
         "load": round(os.getloadavg()[0], 1),
     }
 

@@ -28,6 +28,7 @@ import psycopg
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from qlora_core.limits import usable_cpus
 from tests.bench.filled import fill
 from tests.team import Team, team
 from tests.tiny import write_recipe
@@ -118,7 +119,7 @@ def measure(us: Team, recipe: Path, versions: int) -> dict[str, Any]:
         "database_mb": round(size / 1e6),
         "metrics_mb": round(points / 1e6),
         "seconds": {**seconds, **processes},
-        "device": f"{os.cpu_count()} cores, all servers on them, PostgreSQL without fsync",
+        "device": f"{usable_cpus()} cores, all servers on them, PostgreSQL without fsync",
         "load": round(os.getloadavg()[0], 1),
         "versions": {name: metadata.version(name) for name in PACKAGES},
         "date": datetime.now(UTC).date().isoformat(),

@@ -25,6 +25,8 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from qlora_core.limits import usable_cpus
+
 RESULTS = Path(__file__).parent / "results" / "rollback.jsonl"
 MODEL = "rolled-back"
 
@@ -43,7 +45,7 @@ def main() -> None:
     result = {
         "bench": "rollback",
         "registry": "MLflow and Prefect servers on PostgreSQL" if arguments.team else "sqlite",
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores",
+        "device": f"{platform.machine()} CPU, {usable_cpus()} cores",
         "load_average": round(os.getloadavg()[0], 1),
         "date": datetime.now(UTC).date().isoformat(),
         "mlflow": version("mlflow"),
