@@ -287,14 +287,20 @@ class Tracker:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted names; lists as JSON."""
+    """Nested mappings as dotted names; text as it is, lists and None as JSON."""
     flat: dict[str, str] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, Sequence | None) else str(value)
-    return {name: value.strip('"') for name, value in flat.items()}
+            flat[f"{prefix}{name}"] = _as_param(value)
+    return flat
+
+
+def _as_param(value: object) -> str:
+    if isinstance(value, Sequence | None) and not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)
 
 
 def this_process() -> str:

@@ -1,5 +1,7 @@
 """Runs on a real MLflow database."""
 
+import json
+
 import pytest
 from mlflow.store.tracking.dbmodels.models import SqlDataset
 from sqlalchemy import event
@@ -99,6 +101,24 @@ def test_data_that_another_flow_logs_at_the_same_moment_is_logged_by_both(tracke
 def test_nested_values_become_dotted_names():
     flat = flatten({"a": {"b": 1, "c": [1, 2]}, "d": None, "e": "text"})
     assert flat == {"a.b": "1", "a.c": "[1, 2]", "d": "null", "e": "text"}
+
+
+@pytest.mark.parametrize(
+    "text", ['say "yes"', '"yes"', '"', "", "好评", 'C:\\rows\\"new"', "two\nlines", '["not", "a", "list"]']
+)
+def test_a_text_is_logged_as_it_is_written(tracker, text):
+    retraining = begin(tracker, f"text-{abs(hash(text))}")
+    with tracker.stage(retraining, "prepare", "k" * 64, "task") as run:
+        run.params({"data": {"system_prompt": text}})
+    assert tracker.client.get_run(run.run_id).data.params == {"data.system_prompt": text}
+
+
+def test_texts_in_lists_stay_json_and_readable():
+    flat = flatten({"labels": ["好评", 'a "b"'], "sources": ({"path": "x"},), "settings": {}})
+    assert json.loads(flat["labels"]) == ["好评", 'a "b"']
+    assert "好评" in flat["labels"]
+    assert flat["sources"] == '[{"path": "x"}]'
+    assert flat["settings"] == "{}"
 
 
 def test_a_process_is_known_by_number_and_start():
