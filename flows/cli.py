@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from flows.shutdown import Shutdown, this_program
 from tasks.occasions import Occasion
 
 if TYPE_CHECKING:
@@ -26,6 +27,8 @@ app.add_typer(data, name="data")
 store = typer.Typer(help="The artifact store of this home.", no_args_is_help=True)
 app.add_typer(store, name="store")
 
+SHUTDOWN = Shutdown()
+"""Of this process: signals have one handler each."""
 RecipePath = Annotated[Path, typer.Argument(help="A recipe, such as deployments/recipes/quickstart.yaml.")]
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key, such as train.lora.rank=8.")
@@ -49,7 +52,7 @@ def run(
     force: Annotated[bool, typer.Option(help="Judge the candidate again even if nothing has changed.")] = False,
 ) -> None:
     """Retrain: download, prepare, train, merge, evaluate, register, promote."""
-    settings = _start()
+    settings = _start(resumable=True)
     from flows.commands import run_recipe
 
     run_recipe(recipe, tuple(set_ or ()), force, settings)
@@ -76,7 +79,7 @@ def sweep(
     at_once: Annotated[int, typer.Option(min=1, help="How many trials run at the same time there.")] = 1,
 ) -> None:
     """Train with several settings; the one of the lowest evaluation loss goes on to the gates."""
-    settings = _start()
+    settings = _start(resumable=True)
     from flows.commands import sweep_recipe
 
     sweep_recipe(
@@ -87,7 +90,7 @@ def sweep(
 @app.command()
 def check(recipe: RecipePath, set_: Overrides = None) -> None:
     """Find out what would go wrong before compute is spent, and look at three rows."""
-    settings = _start()
+    settings = _start(resumable=True)
     from flows.commands import check_recipe
 
     check_recipe(recipe, tuple(set_ or ()), settings)
@@ -184,7 +187,7 @@ def delete(version: ModelVersion) -> None:
 @app.command()
 def reconcile() -> None:
     """End what crashed runs left open, and finish promotions that were cut short."""
-    settings = _start()
+    settings = _start(resumable=True)
     from flows.commands import reconcile_all
 
     reconcile_all(settings)
@@ -230,7 +233,7 @@ def serve(
 @app.command()
 def export(model: ModelAtAlias, kind: ExportKind) -> None:
     """Make a registered model small: 4 bits, measured against the model itself."""
-    settings = _start()
+    settings = _start(resumable=True)
     from flows.commands import export_model
 
     export_model(model, kind, settings)
@@ -289,6 +292,7 @@ def serve_flows(
     settings = _start()
     from flows.deploy import serve_flows as serve_recipes
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio puts its own there, and ends in order
     serve_recipes(recipes, cron, timezone, prefect_port, settings)
 
 
@@ -332,13 +336,23 @@ def store_gc(
 
 
 def main() -> NoReturn:
-    """Entry point: an expected error is one message and an exit code, never a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Entry point: an expected error is one message and an exit code, never a traceback; a signal is its own code."""
+    SHUTDOWN.listen()
     try:
         app(standalone_mode=True)
-    except Exception as error:
-        _explain(error)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        SHUTDOWN.over = SHUTDOWN.resumable
+        _end(error)
     sys.exit(0)
+
+
+def _end(error: BaseException) -> NoReturn:
+    if SHUTDOWN.number is not None and SHUTDOWN.resumable:
+        SHUTDOWN.explain()
+        sys.exit(SHUTDOWN.exit_code)
+    if isinstance(error, Exception):
+        _explain(error)
+    raise error
 
 
 def _explain(error: Exception) -> NoReturn:
@@ -349,8 +363,6 @@ def _explain(error: Exception) -> NoReturn:
     sys.stdout.flush()
     print(f"error: {error}", file=sys.stderr)  # noqa: T201
     if isinstance(error, RegistryUnavailableError | SourceUnavailableError):
-        from flows.show import this_program
-
         print(f"later: {this_program()} {shlex.join(sys.argv[1:])}", file=sys.stderr)  # noqa: T201
     sys.exit(error.exit_code)
 
@@ -366,19 +378,20 @@ def _explained(error: Exception) -> "QloraError":
     return explained
 
 
-def _start():  # type: ignore[no-untyped-def]
-    """Settings for this command, with Prefect and MLflow told of them before they are imported."""
+def _start(resumable: bool = False):  # type: ignore[no-untyped-def]
+    """Settings for this command, with Prefect and MLflow told of them before they are imported.
+
+    Args:
+        resumable: whether the command can be stopped at any moment and goes on when it is typed again.
+    """
+    if resumable:
+        SHUTDOWN.end_within_deadline()
     from tasks.settings import Settings
 
     settings = Settings()
     settings.configure_libraries()
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     return settings
-
-
-def _terminate(number: int, _: object) -> NoReturn:
-    """Let `finally` blocks run: children are ended and MLflow runs get their status."""
-    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

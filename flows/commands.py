@@ -44,15 +44,21 @@ def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
     settings.make_home()
     from flows.retrain import retrain
     from flows.show import show_outcome
-    from tasks.orphans import born_here, end_stray_servers
+    from tasks.orphans import born_here
 
-    if settings.embedded_prefect:
-        console.print("[dim]starting the embedded Prefect server …[/]")
-        end_stray_servers(settings)
+    _have_prefect(settings)
     with born_here():
         outcome = retrain(recipe, force)
     if outcome is not None:
         show_outcome(outcome, settings)
+
+
+def _have_prefect(settings: Settings) -> None:
+    if settings.embedded_prefect:
+        from tasks.embedded import start_embedded_server
+
+        console.print("[dim]starting the embedded Prefect server …[/]")
+        start_embedded_server(settings)
 
 
 def sweep_recipe(
@@ -75,11 +81,9 @@ def sweep_recipe(
     settings.make_home()
     from flows.show import show_sweep
     from flows.sweep import sweep
-    from tasks.orphans import born_here, end_stray_servers
+    from tasks.orphans import born_here
 
-    if settings.embedded_prefect:
-        console.print("[dim]starting the embedded Prefect server …[/]")
-        end_stray_servers(settings)
+    _have_prefect(settings)
     with born_here():
         swept = sweep(path.resolve(), grid, ranges, trials, overrides, force, on, at_once)
     show_sweep(swept, settings)
@@ -91,6 +95,7 @@ def reconcile_all(settings: Settings) -> None:
     from flows.reconcile import reconcile
     from tasks.orphans import born_here
 
+    _have_prefect(settings)
     with born_here():
         done = reconcile()
     for line in done or ["nothing to do"]:
@@ -110,11 +115,9 @@ def export_model(model: str, kind: Kind, settings: Settings) -> None:
     """Export the version behind an alias and say where it is."""
     settings.make_home()
     from flows.export import export
-    from tasks.orphans import born_here, end_stray_servers
+    from tasks.orphans import born_here
 
-    if settings.embedded_prefect:
-        console.print("[dim]starting the embedded Prefect server …[/]")
-        end_stray_servers(settings)
+    _have_prefect(settings)
     with born_here():
         exported = export(model, kind)
     console.print(f"\nfolder    {exported.path / 'model'}")

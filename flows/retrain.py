@@ -3,6 +3,7 @@
 from prefect import flow
 from prefect.runtime import deployment, flow_run
 
+from flows.shutdown import keeps_signals
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
 from tasks.cancelling import ends_when_cancelled
@@ -34,11 +35,12 @@ def retrain(recipe: Recipe, force: bool = False) -> Outcome | None:
         How it ended, or None when nothing has changed since this candidate was judged.
     """
     settings = Settings()
-    if not force and settled(recipe, settings):
-        return None
-    tracker = Tracker(settings)
-    end_orphans(tracker)
-    return candidate(recipe, tracker)
+    with keeps_signals():
+        if not force and settled(recipe, settings):
+            return None
+        tracker = Tracker(settings)
+        end_orphans(tracker)
+        return candidate(recipe, tracker)
 
 
 def candidate(recipe: Recipe, tracker: Tracker, under: str | None = None) -> Outcome:

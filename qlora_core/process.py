@@ -21,7 +21,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,8 @@ from qlora_core.events import EVENT, Metrics, Note, Progress, Report
 from qlora_core.store import write_atomically
 
 POLL_S = 0.1
-GRACE_S = 10.0
+GRACE_S = 3.0
+"""For a group that is told to end; a child has nothing to save that its last checkpoint has not."""
 LOG_LINES_IN_ERROR = 15
 PR_SET_PDEATHSIG = 1
 LAUNCHER = "QLORA_LAUNCHER_PID"
@@ -95,6 +96,15 @@ def run_child(entry: str, spec: Record, folder: Path, report: Report, group: Gro
         finally:
             _end_group(child)
     return _outcome(folder, child.returncode)
+
+
+def start_apart(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start a program in a session of its own: a terminal's signals pass it by, and the end of this process ends it.
+
+    Call it in the main thread: for the kernel, the thread that starts a process is its parent.
+    """
+    launch = [sys.executable, "-m", "qlora_core.process", "exec", str(os.getpid()), *command]
+    return subprocess.Popen(launch, env=environment, start_new_session=True)
 
 
 def deliver(folder: Path, report: Report) -> None:
@@ -257,7 +267,7 @@ def main(arguments: Sequence[str]) -> int:
     return _work(rest[0], Path(rest[1]))
 
 
-__all__ = ["ALONE", "Group", "deliver", "die_with_parent", "run_child", "tail"]
+__all__ = ["ALONE", "Group", "deliver", "die_with_parent", "run_child", "start_apart", "tail"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

@@ -127,3 +127,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+APART = (
+    "import os, sys, time; from qlora_core.process import start_apart; "
+    "child = start_apart([sys.executable, '-c', 'import time; print(7, flush=True); time.sleep(100)'], os.environ); "
+    "print(child.pid, flush=True); time.sleep(100)"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_program_that_is_started_apart_hears_no_ctrl_c_but_ends_with_its_parent(number):
+    parent = subprocess.Popen([sys.executable, "-c", APART], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        said = {parent.stdout.readline().strip() for _ in range(2)}
+        (pid,) = said - {"7"}
+        child = psutil.Process(int(pid))
+        assert os.getpgid(child.pid) != os.getpgid(parent.pid)
+        assert os.getsid(child.pid) != os.getsid(parent.pid)
+        parent.send_signal(number)
+        parent.wait(60)
+        psutil.wait_procs([child], timeout=30)
+        assert not child.is_running()
+    finally:
+        parent.kill()
+        parent.communicate()
