@@ -74,9 +74,11 @@ def sweep_recipe(
 ) -> None:
     """Try several recipes; the best goes on to the gates."""
     from tasks.preflight import preflight
+    from tasks.sweeping import refuse_incomparable
 
     recipe = load_recipe(path, overrides)
-    parse_space(grid, ranges, recipe, trials is not None)
+    space = parse_space(grid, ranges, recipe, trials is not None)
+    refuse_incomparable(space, lambda varied: load_recipe(path, (*overrides, *varied)))
     preflight(recipe, settings)
     settings.make_home()
     from flows.show import show_sweep

@@ -19,7 +19,7 @@ from tasks.orphans import end_orphans
 from tasks.promote_task import Outcome
 from tasks.search import search
 from tasks.settings import Settings
-from tasks.sweeping import LOSS, Attempt, record, run_elsewhere
+from tasks.sweeping import LOSS, Attempt, record, refuse_incomparable, run_elsewhere
 from tasks.tracking import Retraining, Tracker
 from tasks.unchanged import settled
 
@@ -58,8 +58,7 @@ def sweep(
     """
     settings, base = Settings(), load_recipe(recipe, set)
     space = parse_space(grid, ranges, base, trials is not None)
-    for point in space.corners():  # what is no recipe is said before the first training
-        load_recipe(recipe, (*set, *overrides(point)))
+    refuse_incomparable(space, lambda varied: load_recipe(recipe, (*set, *varied)))  # before the first training
     points = search(space, trials, base.seed)
     tracker = Tracker(settings)
     end_orphans(tracker)
