@@ -100,7 +100,7 @@ class Shutdown:
 
 @contextmanager
 def keeps_signals() -> Iterator[None]:
-    """Inside a flow: SIGTERM ends the command as Ctrl-C does. Prefect puts a handler of its own in the place of ours."""
+    """Inside a flow: keep our handler of SIGTERM, for which Prefect puts one of its own, which raises every time."""
     ours, prefects = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     if not isinstance(ours, Shutdown):  # a worker's flow: the worker knows what its SIGTERM means
         yield

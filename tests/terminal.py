@@ -1,8 +1,9 @@
-"""A `qlora` command at a terminal: a pseudo-terminal is its controlling one, and keys are bytes that are typed there."""
+"""A `qlora` command at a terminal: a pseudo-terminal controls it, and keys are bytes that are written there."""
 
 import fcntl
 import os
 import pty
+import re
 import subprocess
 import sys
 import termios
@@ -17,6 +18,7 @@ import psutil
 from tests.servers import CHECKOUT
 
 CTRL_C = b"\x03"
+ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 class Terminal:
@@ -50,15 +52,8 @@ class Terminal:
         return self.process.poll() is not None
 
     def shown(self) -> str:
-        return bytes(self._shown).decode(errors="replace")
-
-    def children(self) -> list[psutil.Process]:
-        """Processes that do a stage's work now."""
-        try:
-            children = psutil.Process(self.process.pid).children()
-            return [child for child in children if "qlora_core.process" in child.cmdline() and "work" in child.cmdline()]
-        except psutil.NoSuchProcess:
-            return []
+        """Everything that was written there, without colours and movements of the cursor."""
+        return ESCAPE.sub("", bytes(self._shown).decode(errors="replace"))
 
     def left(self, patience_s: float) -> list[str]:
         """Command lines of the processes of this home that do not end within a moment."""
@@ -79,5 +74,5 @@ def processes_of(home: Path) -> list[psutil.Process]:
     for process in psutil.process_iter(["cmdline", "status"]):
         with suppress(psutil.Error):
             if process.environ().get("QLORA_HOME") == str(home) and process.status() != psutil.STATUS_ZOMBIE:
-                found.append(process)
+                found.append(process)  # also embedded servers, whose session is their own
     return found
