@@ -197,9 +197,9 @@ class Tracker:
             },
         )
         tags = {"qlora.key": key, "qlora.owner": this_process(), "prefect.task_run_id": task_run_id}
-        self.client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        self.client.update_run(run.info.run_id, status="RUNNING")
-        with self.final_status(run.info.run_id):
+        with self.final_status(run.info.run_id):  # from here on: a new run is RUNNING from its birth
+            self.client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+            self.client.update_run(run.info.run_id, status="RUNNING")
             yield StageRun(self.client, run, self.settings)
 
     @contextmanager
