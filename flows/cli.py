@@ -1,19 +1,16 @@
 """The `qlora` command. Every command imports what it needs when it runs, so that `--help` answers at once."""
 
 import os
-import shlex
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 
+from flows.process import SHUTDOWN, explain_and_exit, start
 from flows.terminal import prepare_process, show_version
 from tasks.occasions import Occasion
-
-if TYPE_CHECKING:
-    from qlora_core.errors import QloraError
 
 app = typer.Typer(
     name="qlora",
@@ -62,7 +59,7 @@ def run(
     force: Annotated[bool, typer.Option(help="Judge the candidate again even if nothing has changed.")] = False,
 ) -> None:
     """Retrain: download, prepare, train, merge, evaluate, register, promote."""
-    settings = _start()
+    settings = start(resumable=True)
     from flows.commands import run_recipe
 
     run_recipe(recipe, tuple(set_ or ()), force, settings)
@@ -89,7 +86,7 @@ def sweep(
     at_once: Annotated[int, typer.Option(min=1, help="How many trials run at the same time there.")] = 1,
 ) -> None:
     """Train with several settings; the one of the lowest evaluation loss goes on to the gates."""
-    settings = _start()
+    settings = start(resumable=True)
     from flows.commands import sweep_recipe
 
     sweep_recipe(
@@ -100,7 +97,7 @@ def sweep(
 @app.command()
 def check(recipe: RecipePath, set_: Overrides = None) -> None:
     """Find out what would go wrong before compute is spent, and show three rows."""
-    settings = _start()
+    settings = start(resumable=True)
     from flows.commands import check_recipe
 
     check_recipe(recipe, tuple(set_ or ()), settings)
@@ -109,7 +106,7 @@ def check(recipe: RecipePath, set_: Overrides = None) -> None:
 @app.command()
 def models(name: ModelName = None, as_json: AsJson = False) -> None:
     """Show registered models: versions, aliases, verdicts, scores, lineage."""
-    settings = _start()
+    settings = start()
     from flows.show import show_models
 
     show_models(name, as_json, settings)
@@ -118,7 +115,7 @@ def models(name: ModelName = None, as_json: AsJson = False) -> None:
 @app.command()
 def compare(left: ModelVersion, right: ModelVersion, as_json: AsJson = False) -> None:
     """Show two versions side by side: their scores, and where their recipes differ."""
-    settings = _start()
+    settings = start()
     from flows.judging import show_comparison
 
     show_comparison(left, right, as_json, settings)
@@ -127,7 +124,7 @@ def compare(left: ModelVersion, right: ModelVersion, as_json: AsJson = False) ->
 @app.command()
 def lineage(version: ModelVersion, as_json: AsJson = False) -> None:
     """Show where a version comes from and what happened to it."""
-    settings = _start()
+    settings = start()
     from flows.judging import show_lineage
 
     show_lineage(version, as_json, settings)
@@ -141,7 +138,7 @@ def approve(
     as_json: AsJson = False,
 ) -> None:
     """Approve or reject a version that waits for a person."""
-    settings = _start()
+    settings = start()
     from flows.judging import approve as answer
 
     answer(version, reject, reason, as_json, settings)
@@ -155,7 +152,7 @@ def promote(
     as_json: AsJson = False,
 ) -> None:
     """Make a version the champion."""
-    settings = _start()
+    settings = start()
     from flows.judging import promote as make_champion
 
     make_champion(version, reason, force, as_json, settings)
@@ -166,7 +163,7 @@ def rollback(
     name: Annotated[str, typer.Argument(help="A registered model.")], reason: Reason = "", as_json: AsJson = False
 ) -> None:
     """Make the previous champion the champion again."""
-    settings = _start()
+    settings = start()
     from flows.judging import roll_back
 
     roll_back(name, reason, as_json, settings)
@@ -179,7 +176,7 @@ def copy(
     as_json: AsJson = False,
 ) -> None:
     """Copy a version, with its files and lineage, to the registry of another MLflow server."""
-    settings = _start()
+    settings = start()
     from flows.judging import copy as copy_version
 
     copy_version(version, to, as_json, settings)
@@ -188,7 +185,7 @@ def copy(
 @app.command()
 def delete(version: ModelVersion) -> None:
     """Take a version out of the registry; refused while an alias points at it."""
-    settings = _start()
+    settings = start()
     from flows.judging import delete as delete_version
 
     delete_version(version, settings)
@@ -197,7 +194,7 @@ def delete(version: ModelVersion) -> None:
 @app.command()
 def reconcile() -> None:
     """End what crashed runs left open, and finish promotions that were cut short."""
-    settings = _start()
+    settings = start(resumable=True)
     from flows.commands import reconcile_all
 
     reconcile_all(settings)
@@ -207,7 +204,7 @@ def reconcile() -> None:
 def doctor(as_json: AsJson = False) -> None:
     """Check versions, GPU, disk, both servers, the object store and workers, and say what to do."""
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "1"  # what does not work now is what is asked for
-    settings = _start()
+    settings = start()
     from flows.doctor import examine_all
 
     examine_all(as_json, settings)
@@ -221,7 +218,7 @@ def chat(
     ] = False,
 ) -> None:
     """Talk to a registered model; one line of input is one message."""
-    settings = _start()
+    settings = start()
     from flows.commands import chat_with
 
     chat_with(model, example, settings)
@@ -234,7 +231,7 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen at.")] = 8000,
 ) -> None:
     """Serve a registered model to OpenAI clients, with `transformers serve`."""
-    settings = _start()
+    settings = start()
     from flows.serve import serve_model
 
     serve_model(model, host, port, settings)
@@ -243,7 +240,7 @@ def serve(
 @app.command()
 def export(model: ModelAtAlias, kind: ExportKind) -> None:
     """Export a registered model in 4 bits, and measure it against the model itself."""
-    settings = _start()
+    settings = start(resumable=True)
     from flows.commands import export_model
 
     export_model(model, kind, settings)
@@ -256,7 +253,7 @@ def ui(
     browser: Annotated[bool, typer.Option(help="Open both pages.")] = True,
 ) -> None:
     """Serve the MLflow UI and the Prefect UI of the local stores until Ctrl-C."""
-    settings = _start()
+    settings = start()
     from flows.ui import serve
 
     serve(settings, mlflow_port, prefect_port, browser)
@@ -270,7 +267,7 @@ def deploy(
     pool: Annotated[str, typer.Option(help="The work pool whose workers retrain.")] = "gpu",
 ) -> None:
     """Deploy a recipe to the team's Prefect server: it retrains on a schedule and when its data is published."""
-    settings = _start()
+    settings = start()
     from flows.deploy import deploy as deploy_recipe
 
     deploy_recipe(recipe, cron, timezone, pool, settings)
@@ -285,7 +282,7 @@ def notify(
     ] = None,
 ) -> None:
     """Send failures and verdicts of retrainings to a notification block of the team's Prefect server."""
-    settings = _start()
+    settings = start()
     from flows.deploy import notify as listen
 
     listen(block, recipe, on or list(Occasion), settings)
@@ -301,16 +298,17 @@ def serve_flows(
     ] = 4200,
 ) -> None:
     """Run the schedules of recipes on this machine until Ctrl-C; no worker is needed."""
-    settings = _start()
+    settings = start()
     from flows.deploy import serve_flows as serve_recipes
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio puts its own there, and ends in order
     serve_recipes(recipes, cron, timezone, prefect_port, settings)
 
 
 @data.command()
 def publish(recipe: RecipePath) -> None:
     """Tell the team's Prefect server that a recipe's data may have changed: what is deployed for it retrains."""
-    settings = _start()
+    settings = start()
     from flows.commands import publish_data
 
     publish_data(recipe, settings)
@@ -319,7 +317,7 @@ def publish(recipe: RecipePath) -> None:
 @store.command("ls")
 def store_ls(as_json: AsJson = False) -> None:
     """List what is stored: sizes, last use, and who needs it."""
-    settings = _start()
+    settings = start()
     from flows.store import show_store
 
     show_store(as_json, settings)
@@ -328,7 +326,7 @@ def store_ls(as_json: AsJson = False) -> None:
 @store.command("verify")
 def store_verify() -> None:
     """Hash every file again and name what is missing, altered or does not belong there."""
-    settings = _start()
+    settings = start()
     from flows.store import verify_store
 
     verify_store(settings)
@@ -340,71 +338,31 @@ def store_gc(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
 ) -> None:
     """Remove what was not used for long and is not needed by an alias, a live run or a recent run."""
-    settings = _start()
+    settings = start()
     from flows.store import collect_garbage
 
     collect_garbage(unused_days, dry_run, settings)
 
 
 def main() -> NoReturn:
-    """Entry point: an expected error is one message and an exit code, never a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    """Entry point: an expected error is one message and an exit code, never a traceback; a signal is its own code."""
+    SHUTDOWN.listen()
     try:
         prepare_process()
         app(standalone_mode=True)
-    except Exception as error:
-        _explain(error)
+    except (Exception, KeyboardInterrupt, SystemExit) as error:
+        SHUTDOWN.over = SHUTDOWN.resumable
+        _end(error)
     sys.exit(0)
 
 
-def _explain(error: Exception) -> NoReturn:
-    from qlora_core.errors import QloraError, RegistryUnavailableError, SourceUnavailableError
-
-    if not isinstance(error, QloraError):
-        error = _explained(error)
-    sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr)  # noqa: T201
-    if isinstance(error, RegistryUnavailableError | SourceUnavailableError):
-        from flows.show import this_program
-
-        print(f"later: {this_program()} {shlex.join(sys.argv[1:])}", file=sys.stderr)  # noqa: T201
-    sys.exit(error.exit_code)
-
-
-def _explained(error: Exception) -> "QloraError":
-    """What a failure of MLflow, Prefect or the machine means; any other is this program's and keeps its traceback."""
-    from tasks.failures import explain, explain_machine, explain_prefect
-    from tasks.settings import Settings
-
-    explained = explain(error, Settings().mlflow_uri) or explain_prefect(error) or explain_machine(error)
-    if explained is None:
-        raise error
-    return explained
-
-
-def _start():  # type: ignore[no-untyped-def]
-    """Settings for this command, with Prefect and MLflow told of them before they are imported."""
-    from tasks.settings import settings_of_environment
-
-    settings = settings_of_environment()
-    settings.configure_libraries()
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    _show_warnings()
-    return settings
-
-
-def _show_warnings() -> None:
-    """Print warnings of ours on stderr, as sentences; Prefect keeps the console from all other loggers."""
-    import logging
-
-    logger = logging.getLogger("qlora")
-    if logging.lastResort is not None and logging.lastResort not in logger.handlers:
-        logger.addHandler(logging.lastResort)
-
-
-def _terminate(number: int, _: object) -> NoReturn:
-    """Let `finally` blocks run: children are ended and MLflow runs get their status."""
-    sys.exit(128 + number)
+def _end(error: BaseException) -> NoReturn:
+    if SHUTDOWN.number is not None and SHUTDOWN.resumable:
+        SHUTDOWN.explain()
+        sys.exit(SHUTDOWN.exit_code)
+    if isinstance(error, Exception):
+        explain_and_exit(error)
+    raise error
 
 
 if __name__ == "__main__":

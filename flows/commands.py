@@ -48,19 +48,25 @@ def _retrain(recipe: Recipe, force: bool, settings: Settings) -> None:
     settings.make_home()
     from flows.retrain import retrain
     from flows.show import show_edits, show_outcome
-    from tasks.orphans import born_here, end_stray_servers
+    from tasks.orphans import born_here
     from tasks.registry import ModelRegistry
 
     if not is_new:  # a promotion writes down other aliases, and then nothing tells what was meant
         show_edits(ModelRegistry(settings), recipe.name)
 
-    if settings.embedded_prefect:
-        console.print("[dim]starting the embedded Prefect server …[/]")
-        end_stray_servers(settings)
+    _have_prefect(settings)
     with born_here():
         outcome = retrain(recipe, force)
     if outcome is not None:
         show_outcome(outcome, settings)
+
+
+def _have_prefect(settings: Settings) -> None:
+    if settings.embedded_prefect:
+        from tasks.embedded import start_embedded_server
+
+        console.print("[dim]starting the embedded Prefect server …[/]")
+        start_embedded_server(settings)
 
 
 def sweep_recipe(
@@ -76,18 +82,18 @@ def sweep_recipe(
 ) -> None:
     """Try several recipes; the best goes on to the gates."""
     from tasks.preflight import preflight
+    from tasks.sweeping import refuse_incomparable
 
     recipe = load_recipe(path, overrides)
-    parse_space(grid, ranges, recipe, trials is not None)
+    space = parse_space(grid, ranges, recipe, trials is not None)
+    refuse_incomparable(space, lambda varied: load_recipe(path, (*overrides, *varied)))
     preflight(recipe, settings)
     settings.make_home()
     from flows.show import show_sweep
     from flows.sweep import sweep
-    from tasks.orphans import born_here, end_stray_servers
+    from tasks.orphans import born_here
 
-    if settings.embedded_prefect:
-        console.print("[dim]starting the embedded Prefect server …[/]")
-        end_stray_servers(settings)
+    _have_prefect(settings)
     with born_here():
         swept = sweep(path.resolve(), grid, ranges, trials, overrides, force, on, at_once)
     show_sweep(swept, settings)
@@ -99,6 +105,7 @@ def reconcile_all(settings: Settings) -> None:
     from flows.reconcile import reconcile
     from tasks.orphans import born_here
 
+    _have_prefect(settings)
     with born_here():
         done = reconcile()
     for line in done or ["nothing to do"]:
@@ -118,11 +125,9 @@ def export_model(model: str, kind: Kind, settings: Settings) -> None:
     """Export the version behind an alias and say where it is."""
     settings.make_home()
     from flows.export import export
-    from tasks.orphans import born_here, end_stray_servers
+    from tasks.orphans import born_here
 
-    if settings.embedded_prefect:
-        console.print("[dim]starting the embedded Prefect server …[/]")
-        end_stray_servers(settings)
+    _have_prefect(settings)
     with born_here():
         exported = export(model, kind)
     console.print(f"\nfolder    {exported.path / 'model'}")

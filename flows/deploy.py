@@ -55,9 +55,15 @@ def notify(block: str, recipe: Path | None, occasions: list[Occasion], settings:
 def serve_flows(recipes: list[Path], cron: str | None, timezone: str, port: int, settings: Settings) -> None:
     """Run the schedules of recipes on this machine, one retraining at a time, until Ctrl-C; no worker is needed."""
     settings.make_home()
-    with local_prefect(port) if settings.embedded_prefect else nullcontext():
+    own_server = settings.embedded_prefect
+    with local_prefect(port) if own_server else nullcontext():
         from prefect import serve
 
+        from tasks.orphans import PENDING_S, end_pending
+
+        # On a server of its own nobody but an earlier process of this command can have taken runs up.
+        for sentence in end_pending(0.0 if own_server else PENDING_S):
+            console.print(sentence)
         serve(*served(recipes, cron, timezone), limit=1)
 
 

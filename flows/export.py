@@ -3,6 +3,7 @@
 from prefect import flow
 from prefect.runtime import flow_run
 
+from flows.shutdown import keeps_signals
 from qlora_core.artifacts import ExportedModel
 from qlora_core.merging.export import Kind
 from tasks.export_task import export as export_version
@@ -27,4 +28,5 @@ def export(model: str, kind: Kind) -> ExportedModel:
     version = registry.resolve(model)
     end_orphans(tracker)
     retraining = reopened(registry, tracker, version, str(flow_run.id))
-    return export_version(retraining, version, kind).result()
+    with keeps_signals():
+        return export_version(retraining, version, kind).result()

@@ -3,7 +3,7 @@
 from prefect import flow
 from prefect.logging import get_run_logger
 
-from tasks.orphans import end_orphans
+from tasks.orphans import end_orphans, end_pending
 from tasks.registry import ModelRegistry
 from tasks.repairing import repair_registry
 from tasks.settings import Settings
@@ -19,7 +19,7 @@ def reconcile() -> list[str]:
     """
     settings = Settings()
     ended = [f"MLflow run {run_id} was ended: its process is gone" for run_id in end_orphans(Tracker(settings))]
-    said = ended + repair_registry(ModelRegistry(settings))
+    said = ended + end_pending() + repair_registry(ModelRegistry(settings))
     for sentence in said:
         get_run_logger().warning(sentence)
     return said

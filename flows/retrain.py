@@ -4,6 +4,7 @@ from prefect import flow
 from prefect.logging import get_run_logger
 from prefect.runtime import deployment, flow_run
 
+from flows.shutdown import keeps_signals
 from qlora_core.artifacts import Adapter, ModelSnapshot, PreparedDataset
 from qlora_core.evaluation.evaluate import check_metrics
 from qlora_core.recipe import Recipe
@@ -37,13 +38,14 @@ def retrain(recipe: Recipe, force: bool = False) -> Outcome | None:
         How it ended, or None when nothing has changed since this candidate was judged.
     """
     settings = Settings()
-    if not force and settled(recipe, settings):
-        for edit in edits_by_hand(ModelRegistry(settings), recipe.name):
-            get_run_logger().warning(edit)
-        return None
-    tracker = Tracker(settings)
-    end_orphans(tracker)
-    return candidate(recipe, tracker)
+    with keeps_signals():
+        if not force and settled(recipe, settings):
+            for edit in edits_by_hand(ModelRegistry(settings), recipe.name):
+                get_run_logger().warning(edit)
+            return None
+        tracker = Tracker(settings)
+        end_orphans(tracker)
+        return candidate(recipe, tracker)
 
 
 def candidate(recipe: Recipe, tracker: Tracker, under: str | None = None) -> Outcome:

@@ -1,9 +1,6 @@
 """Tables and pages on the terminal."""
 
 import json
-import os
-import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -13,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from flows.shutdown import this_program
 from flows.terminal import print_json
 from qlora_core.artifacts import ModelSnapshot, PreparedDataset
 from qlora_core.recipe import Recipe
@@ -75,11 +73,6 @@ def show_sweep(swept: "Swept", settings: Settings) -> None:
         show_outcome(swept.outcome, settings)
     else:
         console.print("\nThe gates have judged the best before; `qlora models` shows how, --force judges it again.")
-
-
-def this_program() -> str:
-    """How this user calls the command: by name where it is on the path, else by where it is."""
-    return "qlora" if shutil.which("qlora") else os.path.relpath(sys.argv[0])
 
 
 def show_models(name: str | None, as_json: bool, settings: Settings) -> None:

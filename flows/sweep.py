@@ -10,6 +10,7 @@ from pydantic import Field
 
 from flows.retrain import candidate, trained
 from flows.scheduled import Override
+from flows.shutdown import keeps_signals
 from qlora_core.artifacts import Record
 from qlora_core.recipe import Recipe, load_recipe
 from qlora_core.sweep import Trial, best_of, overrides, parse_space
@@ -18,7 +19,7 @@ from tasks.orphans import end_orphans
 from tasks.promote_task import Outcome
 from tasks.search import search
 from tasks.settings import Settings
-from tasks.sweeping import LOSS, Attempt, record, run_elsewhere
+from tasks.sweeping import LOSS, Attempt, record, refuse_incomparable, run_elsewhere
 from tasks.tracking import Retraining, Tracker
 from tasks.unchanged import settled
 
@@ -57,14 +58,13 @@ def sweep(
     """
     settings, base = Settings(), load_recipe(recipe, set)
     space = parse_space(grid, ranges, base, trials is not None)
-    for point in space.corners():  # what is no recipe is said before the first training
-        load_recipe(recipe, (*set, *overrides(point)))
+    refuse_incomparable(space, lambda varied: load_recipe(recipe, (*set, *varied)))  # before the first training
     points = search(space, trials, base.seed)
     tracker = Tracker(settings)
     end_orphans(tracker)
     watched = ends_when_cancelled(str(flow_run.id), has_worker=bool(deployment.id))
     run = tracker.begin(base, str(flow_run.id), flow_run.ui_url, kind="sweep", space=space)
-    with watched, tracker.final_status(run.parent_run_id):
+    with keeps_signals(), watched, tracker.final_status(run.parent_run_id):
         done: list[Trial] = []
         while asked := points.ask(at_once if on else 1):
             recipes = [load_recipe(recipe, (*set, *overrides(point))) for point in asked]
@@ -96,7 +96,7 @@ def trial(recipe: Recipe, number: int, sweep_run_id: str) -> tuple[float, str]:
     """
     tracker = Tracker(Settings())
     run = tracker.begin(recipe, str(flow_run.id), flow_run.ui_url, kind="trial", under=sweep_run_id)
-    with tracker.final_status(run.parent_run_id):
+    with keeps_signals(), tracker.final_status(run.parent_run_id):
         _, _, adapter = trained(run)
         tracker.log_final(run.parent_run_id, {LOSS: adapter.evaluation_loss, "train_loss": adapter.train_loss})
         return adapter.evaluation_loss, run.parent_run_id

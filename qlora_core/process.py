@@ -5,7 +5,8 @@ A child gets one folder, kept inside the stage's work directory:
     spec.json       what to do, written by the parent
     events.jsonl    what it reports (see `events.py`), appended by the child, followed by the parent
     delivered       how many bytes of events.jsonl were handed on, so that nothing is reported twice
-    result.json     the record it made, or the error it met
+    result.json     the record it made
+    error-N.json    the error that rank N met, and when
     log.txt         everything that it or its libraries print
 
 GPU memory is back when the child ends, an out-of-memory kill does not take the flow down, and no child outlives its
@@ -16,12 +17,13 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +34,12 @@ from qlora_core.limits import usable_cpus
 from qlora_core.store import write_atomically
 
 POLL_S = 0.1
-GRACE_S = 10.0
+GRACE_S = 3.0
+"""For a group that is told to end; a child has nothing to save that its last checkpoint has not."""
 LOG_LINES_IN_ERROR = 15
+RESULT, ERRORS = "result.json", "error-*.json"
+KILLED_RANK = re.compile(r"Root Cause.*?\brank +: (\d+).*?\bexitcode +: -(\d+)", re.DOTALL)
+"""In torchrun's report: the process that ended first, where a signal has ended it."""
 PR_SET_PDEATHSIG = 1
 LAUNCHER = "QLORA_LAUNCHER_PID"
 """Where a rank finds the number of the torchrun that started it."""
@@ -56,6 +62,25 @@ class Group(Record):
         return self.processes * self.nodes > 1 or self.rendezvous
 
 
+class ChildFailure(Record):
+    """The error that one process of a group met."""
+
+    error: str
+    """Name of its type."""
+    message: str
+    at_s: float
+    """When, in seconds of the system clock."""
+
+    @property
+    def kind(self) -> type[QloraError] | None:
+        """The type of an error of ours."""
+        return ERRORS_BY_NAME.get(self.error)
+
+    def order(self) -> tuple[bool, float]:
+        """The least is what made the others fail: they meet a closed connection, which is no error of ours."""
+        return self.kind is None, self.at_s
+
+
 ALONE = Group()
 KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**36)}
 """For glibc: freed memory stays with a child until it ends. Giving it back and faulting it in again costs a training
@@ -74,12 +99,13 @@ def run_child(entry: str, spec: Record, folder: Path, report: Report, group: Gro
         ChildError: the child died without a result, or nothing says where nodes meet.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    result = folder / "result.json"
-    result.unlink(missing_ok=True)
+    for left in (folder / RESULT, *folder.glob(ERRORS)):
+        left.unlink(missing_ok=True)
     write_atomically(folder / "spec.json", spec.model_dump_json())
     if group.nodes > 1:
         _invite(entry, folder, group, report)
     with (folder / "log.txt").open("ab") as log:
+        logged_bytes = log.tell()
         child = subprocess.Popen(
             _command(entry, folder, group),
             stdin=subprocess.DEVNULL,
@@ -95,7 +121,16 @@ def run_child(entry: str, spec: Record, folder: Path, report: Report, group: Gro
             deliver(folder, report)
         finally:
             _end_group(child)
-    return _outcome(folder, child.returncode)
+    return _outcome(folder, child.returncode, logged_bytes)
+
+
+def start_apart(command: Sequence[str], environment: Mapping[str, str]) -> "subprocess.Popen[bytes]":
+    """Start a program in a session of its own: a terminal's signals pass it by, and the end of this process ends it.
+
+    Call it in the main thread: for the kernel, the thread that starts a process is its parent.
+    """
+    launch = [sys.executable, "-m", "qlora_core.process", "exec", str(os.getpid()), *command]
+    return subprocess.Popen(launch, env=environment, start_new_session=True)
 
 
 def deliver(folder: Path, report: Report) -> None:
@@ -182,26 +217,31 @@ def _end_group(child: "subprocess.Popen[bytes]") -> None:
     child.wait(GRACE_S)
 
 
-def _outcome(folder: Path, returncode: int) -> dict[str, Any]:
-    result = folder / "result.json"
-    if not result.is_file():
-        how = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with code {returncode}"
-        hint = "; SIGKILL often means that the machine ran out of memory" if returncode == -signal.SIGKILL else ""
-        raise ChildError(
-            f"the child process {how} and left no result{hint}. The same command goes on from its last checkpoint. "
-            f"The end of {folder / 'log.txt'}:\n{tail(folder / 'log.txt')}"
-        )
-    outcome: dict[str, Any] = json.loads(result.read_text())
-    if "error" in outcome:
-        kind = ERRORS_BY_NAME.get(outcome["error"]["type"])
-        if kind is not None:
-            raise kind(outcome["error"]["message"])
-        raise ChildError(
-            f"the child process failed with {outcome['error']['type']}: {outcome['error']['message']}. "
-            f"The end of {folder / 'log.txt'}:\n{tail(folder / 'log.txt')}"
-        )
-    record: dict[str, Any] = outcome["record"]
-    return record
+def _outcome(folder: Path, returncode: int, logged_bytes: int) -> dict[str, Any]:
+    """The record of a group that has ended; `logged_bytes` is the size that its log had before."""
+    log = folder / "log.txt"
+    failures = [ChildFailure.model_validate_json(file.read_text()) for file in folder.glob(ERRORS)]
+    first = min(failures, key=ChildFailure.order, default=None)
+    if first is not None and first.kind is not None:
+        raise first.kind(first.message)
+    if first is None and (folder / RESULT).is_file():
+        record: dict[str, Any] = json.loads((folder / RESULT).read_text())
+        return record
+    if killed := KILLED_RANK.search(log.read_bytes()[logged_bytes:].decode(errors="replace")):
+        raise _death(f"rank {killed[1]} of the child processes", -int(killed[2]), log)
+    if first is not None:
+        said = f"{first.error}: {first.message}"
+        raise ChildError(f"the child process failed with {said}. The end of {log}:\n{tail(log)}")
+    raise _death("the child process", returncode, log)
+
+
+def _death(who: str, returncode: int, log: Path) -> ChildError:
+    how = f"was killed by {signal.Signals(-returncode).name}" if returncode < 0 else f"ended with code {returncode}"
+    hint = "; SIGKILL often means that the machine ran out of memory" if returncode == -signal.SIGKILL else ""
+    return ChildError(
+        f"{who} {how} and left no result{hint}. The same command goes on from its last checkpoint. "
+        f"The end of {log}:\n{tail(log)}"
+    )
 
 
 def die_with_parent(parent: str) -> None:
@@ -226,20 +266,21 @@ def _work(entry: str, folder: Path) -> int:
     """The child's main: call the entry and leave its record or its error behind."""
     from qlora_core.events import ignore
 
-    rank_zero = os.environ.get("RANK", "0") == "0"
-    report: Report = _EventFile(folder / "events.jsonl") if rank_zero else ignore
+    rank = os.environ.get("RANK", "0")
+    report: Report = _EventFile(folder / "events.jsonl") if rank == "0" else ignore
     module, _, function = entry.partition(":")
     try:
         spec = json.loads((folder / "spec.json").read_text())
         record: Record = getattr(importlib.import_module(module), function)(spec, report)
-        outcome, code = {"record": record.model_dump(mode="json")}, 0
     except Exception as error:
+        at_s = time.time()
         traceback.print_exc()
-        known = type(error).__name__ if isinstance(error, QloraError) else f"{type(error).__qualname__}"
-        outcome, code = {"error": {"type": known, "message": str(error)}}, 1
-    if rank_zero or code:
-        write_atomically(folder / "result.json", json.dumps(outcome))
-    return code
+        failure = ChildFailure(error=type(error).__qualname__, message=str(error), at_s=at_s)
+        write_atomically(folder / ERRORS.replace("*", rank), failure.model_dump_json())
+        return 1
+    if rank == "0":
+        write_atomically(folder / RESULT, json.dumps(record.model_dump(mode="json")))
+    return 0
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -258,7 +299,7 @@ def main(arguments: Sequence[str]) -> int:
     return _work(rest[0], Path(rest[1]))
 
 
-__all__ = ["ALONE", "Group", "deliver", "die_with_parent", "run_child", "tail"]
+__all__ = ["ALONE", "Group", "deliver", "die_with_parent", "run_child", "start_apart", "tail"]
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

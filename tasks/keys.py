@@ -5,6 +5,7 @@ chain can be walked in the store without doing any work.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from qlora_core.artifacts import Adapter, DataSnapshot, MergedModel, ModelSnapshot, PreparedDataset
 from qlora_core.data import prepare
@@ -17,6 +18,8 @@ from qlora_core.recipe import Recipe, TrainRecipe
 from qlora_core.store import fingerprint
 from qlora_core.training import launch
 
+SOURCES = {"rows", "evaluation_rows", "forgetting"}
+"""Data keys that say where files are; what was found there is known by its digest."""
 HOW_NOT_WHAT = {
     "activation_memory",
     "checkpoint_every_steps",
@@ -56,9 +59,7 @@ def data_key(rows: Sequence[Resolved], forgetting: Sequence[Resolved], evaluatio
 
 def prepare_key(recipe: Recipe, base: ModelSnapshot, raw: DataSnapshot) -> str:
     """Of the tokens and masks."""
-    part = recipe.data.model_dump(mode="json", exclude={"rows", "evaluation_rows", "forgetting"})
-    part |= {"shares": [share.model_dump() for share in recipe.data.shares], "seed": recipe.seed}
-    return fingerprint("prepare", prepare.VERSION, part, {"base": base.digest, "raw": raw.digest})
+    return fingerprint("prepare", prepare.VERSION, _preparing(recipe), {"base": base.digest, "raw": raw.digest})
 
 
 def train_key(recipe: Recipe, base: ModelSnapshot, dataset: PreparedDataset) -> str:
@@ -82,8 +83,7 @@ def export_key(kind: Kind, model_digest: str, dataset: PreparedDataset) -> str:
 
 def scores_key(recipe: Recipe, model_digest: str, dataset: PreparedDataset) -> str:
     """Of one model's scores; a model that was evaluated on these rows before is not evaluated again."""
-    part = {"evaluation": evaluate.decisive(recipe.evaluation), "seed": recipe.seed}
-    return fingerprint("scores", evaluate.VERSION, part, {"model": model_digest, "data": dataset.digest})
+    return fingerprint("scores", evaluate.VERSION, _scoring(recipe), {"model": model_digest, "data": dataset.digest})
 
 
 def report_key(recipe: Recipe, candidate: str, champion: str | None, dataset: PreparedDataset) -> str:
@@ -97,6 +97,28 @@ def candidate_key(recipe: Recipe, merged: MergedModel, dataset: PreparedDataset)
     """Of a registered version: this model, judged on these rows by these rules."""
     part = _judging(recipe)
     return fingerprint("register", 1, part, {"model": merged.digest, "data": dataset.digest})
+
+
+def measured_on(recipe: Recipe) -> dict[str, object]:
+    """What decides by which rows, tokens and scores a model is measured: losses compare only where this is equal.
+
+    It is what enters `prepare_key` and `scores_key`, with the sources that these know by their digests. Where
+    evaluation has rows of its own, the rows of training are no part of it.
+    """
+    sources = recipe.data.model_dump(mode="json", include=SOURCES)
+    preparing = _preparing(recipe)
+    if recipe.data.evaluation_rows:
+        del sources["rows"], preparing["shares"]
+    return {"model": recipe.model, "sources": sources, "preparing": preparing, "scoring": _scoring(recipe)}
+
+
+def _preparing(recipe: Recipe) -> dict[str, Any]:
+    part = recipe.data.model_dump(mode="json", exclude=SOURCES)
+    return part | {"shares": [share.model_dump() for share in recipe.data.shares], "seed": recipe.seed}
+
+
+def _scoring(recipe: Recipe) -> dict[str, object]:
+    return {"evaluation": evaluate.decisive(recipe.evaluation), "seed": recipe.seed}
 
 
 def _decisive(train: TrainRecipe) -> dict[str, object]:

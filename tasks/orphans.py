@@ -2,12 +2,13 @@
 
 import re
 from contextlib import AbstractContextManager, suppress
+from datetime import UTC, datetime
 from uuid import UUID
 
 import psutil
 from mlflow.entities import Run
 from prefect import State, tags
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterState, FlowRunFilterStateType
 from prefect.client.schemas.objects import FlowRun, StateType
 from prefect.exceptions import ObjectNotFound
@@ -26,6 +27,10 @@ INIT_PID = 1
 SERVER = "prefect.server.api.server:create_app"
 WHOLE_FLOWS = ("retrain", "sweep", "trial")
 """Kinds of MLflow runs that stand for a Prefect flow run."""
+STARTED_FOR = "PREFECT__FLOW_RUN_ID"
+"""Prefect's environment variable in the process of a flow run."""
+PENDING_S = 600.0
+"""A process begins its run within a minute; whoever is slower than this has been killed."""
 AGAIN = re.compile(r"restart (\d+)")
 """Tag of a run that goes on where another one was killed. Its name would not do: flows name their runs themselves."""
 MOST_RESTARTS = 3
@@ -46,6 +51,47 @@ def end_orphans(tracker: Tracker) -> list[str]:
             _crash(flow_run_id)
     _end_stale_flow_runs(tracker)
     return [run.info.run_id for run in orphans]
+
+
+def end_pending(older_than_s: float = PENDING_S) -> list[str]:
+    """End runs that wait for a process which nobody starts any more, and start them again; returns a sentence each.
+
+    A run is pending between being taken up and its first step. If whoever took it up is killed then, it stays so for
+    ever, and where its deployment runs one at a time, no other one begins. Pools other than of processes have queues
+    of their own, in which a run may well wait for hours.
+
+    Args:
+        older_than_s: seconds that a run may be pending; 0 where nobody else can have taken it up.
+    """
+    started = _flow_runs_of_processes()
+    said = []
+    with get_client(sync_client=True) as client:
+        is_pending = FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.PENDING]))
+        for run in client.read_flow_runs(flow_run_filter=FlowRunFilter(state=is_pending)):
+            if run.deployment_id is None or run.state is None or str(run.id) in started:
+                continue
+            pending_s = (datetime.now(UTC) - run.state.timestamp).total_seconds()
+            if pending_s < older_than_s or not _is_run_by_process(client, run):
+                continue
+            _crash(run.id)
+            said.append(
+                f"Prefect run {run.name} was pending for {pending_s / 60:.0f} min without a process; it was ended"
+            )
+    return said
+
+
+def _is_run_by_process(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether its process is started by `serve-flows` or by a worker of processes."""
+    return run.work_pool_name is None or client.read_work_pool(run.work_pool_name).type == "process"
+
+
+def _flow_runs_of_processes() -> set[str]:
+    """Flow runs whose process has been started on this machine; the first thing it does takes many seconds."""
+    found = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):
+            found.add(process.environ().get(STARTED_FOR, ""))
+    return found
 
 
 def born_here() -> AbstractContextManager[object]:

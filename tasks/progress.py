@@ -43,7 +43,8 @@ class StageDisplay:
         if self._bar:
             self._bar.stop()
         if kind is not None:
-            self._console.print(f"[red]✗[/] {self.stage:<{NAME_WIDTH}} {self._seconds()}  stopped: {kind.__name__}")
+            why = f": {kind.__name__}" if issubclass(kind, Exception) else ""  # else somebody has stopped it
+            self._console.print(f"[red]✗[/] {self.stage:<{NAME_WIDTH}} {self._seconds()}  stopped{why}")
 
     def progress(self, event: ProgressEvent) -> None:
         """Show how far the stage is."""

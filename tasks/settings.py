@@ -119,6 +119,8 @@ class Settings(BaseSettings):
             defaults |= {
                 "PREFECT_HOME": str(self.root / "prefect"),
                 "PREFECT_SERVER_ALLOW_EPHEMERAL_MODE": "true",
+                # On disk: a server that restarts would forget who holds the slot of a deployment, and never free it.
+                "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
                 "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",
             }
             if "?" in str(self.root) and not any(name in os.environ for name in PREFECT_DATABASE):

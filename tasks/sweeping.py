@@ -3,22 +3,25 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from mlflow.entities import Metric
 from prefect.artifacts import create_table_artifact
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
+from prefect.logging import get_run_logger
 from prefect.states import Cancelling, Pending
 
 from qlora_core.artifacts import Record
-from qlora_core.errors import QloraError
+from qlora_core.errors import QloraError, RecipeError
 from qlora_core.recipe import Recipe
-from qlora_core.sweep import PICTURE, Trial, best_of, plot
+from qlora_core.store import sha256_of_json
+from qlora_core.sweep import PICTURE, Space, Trial, best_of, overrides, plot
+from tasks.keys import measured_on
 from tasks.tracking import Retraining, Tracker
 
 TABLE = "trials.json"
@@ -41,6 +44,33 @@ class Attempt(Record):
         return Trial(number=self.number, values=self.values, loss=loss, error=error, run_id=run_id)
 
 
+def refuse_incomparable(space: Space, load: Callable[[tuple[str, ...]], Recipe]) -> None:
+    """Refuse to vary what trials are measured by.
+
+    Args:
+        space: what is varied.
+        load: reads the recipe of a trial from its overrides.
+
+    Raises:
+        RecipeError: the losses of two trials would not compare, or one is no recipe.
+    """
+    corners = space.corners()
+
+    def is_measured_alike(points: Sequence[dict[str, str]]) -> bool:
+        return len({sha256_of_json(measured_on(load(overrides(point)))) for point in points}) <= 1
+
+    if is_measured_alike(corners):
+        return
+    alone = {key: [corners[0] | {key: corner[key]} for corner in corners] for key in corners[0]}
+    keys = [key for key, points in alone.items() if not is_measured_alike(points)]
+    named = " and ".join(keys or corners[0])
+    raise RecipeError(
+        f"a sweep cannot vary {named}: its trials would be measured on other rows, tokens or scores, and the lowest "
+        "loss would say nothing. Fix it for all trials with --set, and vary keys of `train`; where "
+        "`data.evaluation_rows` are given, `data.rows` may be varied too"
+    )
+
+
 def run_elsewhere(deployment: str, attempts: Sequence[Attempt], tracker: Tracker, sweep: Retraining) -> list[Trial]:
     """Run trials at the same time as runs of a deployment, and wait for all; what is left at an error is cancelled.
 
@@ -50,16 +80,25 @@ def run_elsewhere(deployment: str, attempts: Sequence[Attempt], tracker: Tracker
     with get_client(sync_client=True) as client:
         runs: list[FlowRun] = []
         try:
-            runs += [_start(deployment, attempt, sweep) for attempt in attempts]
+            for attempt in attempts:  # one by one: those that have started are known when a later one cannot
+                runs.append(_start(deployment, attempt, sweep))
             while any(not _state(run).is_final() for run in runs):
                 time.sleep(POLL_S)
                 runs = [client.read_flow_run(run.id) for run in runs]
         except BaseException:
             for run in runs:
-                if not _state(run).is_final():
-                    client.set_flow_run_state(run.id, Cancelling())
+                _cancel(client, run)
             raise
     return [_came_of(attempt, run, tracker, sweep) for attempt, run in zip(attempts, runs, strict=True)]
+
+
+def _cancel(client: SyncPrefectClient, run: FlowRun) -> None:
+    """Cancel a trial that is not over; one that cannot be cancelled must not keep the others running."""
+    try:
+        if not _state(client.read_flow_run(run.id)).is_final():
+            client.set_flow_run_state(run.id, Cancelling())
+    except Exception as error:
+        get_run_logger().warning("%s could not be cancelled (%s); cancel it in Prefect", run.name, error)
 
 
 def _start(deployment: str, attempt: Attempt, sweep: Retraining) -> FlowRun:

@@ -244,9 +244,9 @@ class Tracker:
             },
         )
         tags = {"qlora.key": key, "qlora.owner": this_process(), "prefect.task_run_id": task_run_id}
-        self.client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
-        self.client.update_run(run.info.run_id, status="RUNNING")
-        with self.final_status(run.info.run_id):
+        with self.final_status(run.info.run_id):  # from here on: a new run is RUNNING from its birth
+            self.client.log_batch(run.info.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+            self.client.update_run(run.info.run_id, status="RUNNING")
             yield StageRun(self.client, run, self.settings)
 
     @contextmanager
@@ -348,11 +348,17 @@ class Tracker:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted names; lists as JSON."""
+    """Nested mappings as dotted names; text as it is, lists and None as JSON."""
     flat: dict[str, str] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
+        if isinstance(value, Mapping) and value:
             flat |= flatten(value, f"{prefix}{name}.")
         else:
-            flat[f"{prefix}{name}"] = json.dumps(value) if isinstance(value, Sequence | None) else str(value)
-    return {name: value.strip('"') for name, value in flat.items()}
+            flat[f"{prefix}{name}"] = _as_param(value)
+    return flat
+
+
+def _as_param(value: object) -> str:
+    if isinstance(value, Sequence | None) and not isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return str(value)

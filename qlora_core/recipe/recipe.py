@@ -1,10 +1,10 @@
 """The whole of a recipe, and reading it from a file."""
 
 import json
-import re
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 from pydantic import Field, ValidationError, field_validator
 from pydantic_core import PydanticCustomError
@@ -154,18 +154,63 @@ def _child(node: Any, key: str, override: str) -> Any:
 
 def _explain(error: ValidationError, path: Path) -> str:
     lines = []
-    for problem in error.errors(include_url=False):
-        at = ".".join(str(part) for part in problem["loc"] if not _is_union_tag(part)) or "the recipe"
+    problems = error.errors(include_url=False)
+    for problem in problems:
+        if problem["type"] == "too_short" and any(_is_below(other["loc"], problem["loc"]) for other in problems):
+            continue  # pydantic counts the items that are left without the wrong ones
+        at = ".".join(_as_written(problem["loc"], Recipe)) or "the recipe"
         got = "" if problem["type"] in ("unknown_key", "missing") else f"; it is {_short(problem['input'])}"
         lines.append(f"  {at}: {problem['msg']}{got}")
     return f"{path} is not a valid recipe:\n" + "\n".join(lines)
 
 
-def _is_union_tag(part: int | str) -> bool:
-    """Pydantic puts the chosen member of a union into the location; a user never wrote it."""
-    return isinstance(part, str) and bool(
-        re.match(r"^(package|local|huggingface|modelscope|s3$|constrained-|literal\[|int$|tuple\[|dict\[|path$)", part)
-    )
+def _is_below(location: tuple[int | str, ...], other: tuple[int | str, ...]) -> bool:
+    return len(location) > len(other) and location[: len(other)] == other
+
+
+def _as_written(location: tuple[int | str, ...], kind: Any) -> list[str]:
+    """The keys and indices that lead to a value, without what pydantic adds to them: the chosen member of each union.
+
+    Args:
+        location: as pydantic gives it.
+        kind: the type that it starts at.
+    """
+    if not location:
+        return []
+    first, *rest = location
+    members = _members(kind)
+    if len(members) > 1:
+        return _as_written(tuple(rest), next((member for member in members if _is_called(member, first)), Any))
+    return [str(first), *_as_written(tuple(rest), _inside(members[0], first))]
+
+
+def _members(kind: Any) -> list[Any]:
+    """The types that a value may have; an optional one is of one type."""
+    if get_origin(kind) is Annotated:
+        return _members(get_args(kind)[0])
+    if get_origin(kind) in (Union, UnionType):
+        return [member for part in get_args(kind) if part is not NoneType for member in _members(part)]
+    return [kind]
+
+
+def _is_called(member: Any, tag: int | str) -> bool:
+    """Whether a part of a recipe is the one that a union of parts knows by this name."""
+    fields = member.model_fields.values() if _is_part(member) else ()
+    return any(tag in get_args(field.annotation) for field in fields if get_origin(field.annotation) is Literal)
+
+
+def _inside(kind: Any, key: int | str) -> Any:
+    """The type of what a key or index of a value leads to."""
+    if _is_part(kind):
+        field = kind.model_fields.get(key)
+        return field.annotation if field else Any
+    if get_origin(kind) is tuple:
+        return get_args(kind)[0]
+    return Any
+
+
+def _is_part(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Part)
 
 
 def _short(value: Any) -> str:

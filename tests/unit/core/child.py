@@ -1,5 +1,6 @@
 """Entries that the tests of child processes run."""
 
+import atexit
 import os
 import signal
 import sys
@@ -46,3 +47,44 @@ def linger(spec: dict[str, Any], report: Report) -> Answer:
 def rank(spec: dict[str, Any], report: Report) -> Answer:
     report(Note(message=f"rank {os.environ['RANK']} of {os.environ['WORLD_SIZE']}"))
     return Answer(value=int(os.environ["WORLD_SIZE"]))
+
+
+def one_rank_fails(spec: dict[str, Any], report: Report) -> Answer:
+    """Rank `value` fails in words while the other one waits for it in a collective."""
+    return _together(spec, TrainingError("loss is nan at step 7"))
+
+
+def one_rank_crashes(spec: dict[str, Any], report: Report) -> Answer:
+    return _together(spec, ZeroDivisionError("rows / 0"))
+
+
+def one_rank_fails_late(spec: dict[str, Any], report: Report) -> Answer:
+    """After the other one has ended well and left its result."""
+    if int(os.environ["RANK"]) == spec["value"]:
+        time.sleep(1)
+        raise TrainingError("cannot write the last file")
+    return Answer(value=0)
+
+
+def one_rank_dies(spec: dict[str, Any], report: Report) -> Answer:
+    return _together(spec, None)
+
+
+def _together(spec: dict[str, Any], error: Exception | None) -> Answer:
+    import torch
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    distributed.barrier()
+    if distributed.get_rank() == spec["value"]:
+        if error is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        raise error
+    distributed.all_reduce(torch.ones(1))
+    return Answer(value=0)
+
+
+def ends_badly(spec: dict[str, Any], report: Report) -> Answer:
+    """As libraries do that crash while the interpreter ends."""
+    atexit.register(os._exit, 5)
+    return Answer(value=spec["value"])

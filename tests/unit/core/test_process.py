@@ -100,6 +100,37 @@ def test_of_several_processes_only_rank_zero_reports(tmp_path):
     assert events == [Note(message="rank 0 of 2")]
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("function", "kind", "said"),
+    [
+        ("one_rank_fails", TrainingError, "^loss is nan at step 7$"),
+        ("one_rank_crashes", ChildError, "ZeroDivisionError: rows / 0"),
+        ("one_rank_fails_late", TrainingError, "^cannot write the last file$"),
+    ],
+)
+def test_of_several_processes_the_first_error_is_the_one_that_is_told(tmp_path, function, kind, said, rank):
+    with pytest.raises(kind, match=said) as caught:
+        run_child(ENTRY + function, Answer(value=rank), tmp_path, ignore, Group(processes=2))
+    assert type(caught.value) is kind
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_of_several_processes_one_that_was_killed_is_named(tmp_path, rank):
+    with pytest.raises(ChildError, match=f"rank {rank} .*killed by SIGKILL.*out of memory"):
+        run_child(ENTRY + "one_rank_dies", Answer(value=rank), tmp_path, ignore, Group(processes=2))
+
+
+def test_a_result_counts_although_its_process_ended_badly(tmp_path):
+    assert run("ends_badly", tmp_path) == {"value": 21}
+
+
+def test_an_error_of_an_earlier_attempt_is_forgotten(tmp_path):
+    with pytest.raises(TrainingError):
+        run("fail", tmp_path)
+    assert run("double", tmp_path) == {"value": 42}
+
+
 def test_a_second_node_joins_by_what_the_first_one_says(tmp_path, monkeypatch):
     monkeypatch.setenv("PET_MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("PET_MASTER_PORT", str(free_port()))
@@ -127,3 +158,28 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+APART = (
+    "import os, sys, time; from qlora_core.process import start_apart; "
+    "child = start_apart([sys.executable, '-c', 'import time; print(7, flush=True); time.sleep(100)'], os.environ); "
+    "print(child.pid, flush=True); time.sleep(100)"
+)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_program_that_is_started_apart_hears_no_ctrl_c_but_ends_with_its_parent(number):
+    parent = subprocess.Popen([sys.executable, "-c", APART], stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        said = {parent.stdout.readline().strip() for _ in range(2)}
+        (pid,) = said - {"7"}
+        child = psutil.Process(int(pid))
+        assert os.getpgid(child.pid) != os.getpgid(parent.pid)
+        assert os.getsid(child.pid) != os.getsid(parent.pid)
+        parent.send_signal(number)
+        parent.wait(60)
+        psutil.wait_procs([child], timeout=30)
+        assert not child.is_running()
+    finally:
+        parent.kill()
+        parent.communicate()

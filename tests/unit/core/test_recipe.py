@@ -9,6 +9,14 @@ model: {source: local, path: model}
 data:
   rows: [{source: local, path: rows.json}]
 """
+REQUIRED = {
+    "package": ("package", "sha256", "file"),
+    "local": ("path",),
+    "huggingface": ("repo",),
+    "modelscope": ("repo",),
+    "s3": ("url",),
+}
+"""Keys without a default, by kind of source."""
 
 
 def load(folder, text=MINIMAL, *overrides) -> Recipe:
@@ -58,6 +66,39 @@ def test_overrides_reach_nested_keys_and_list_items(tmp_path):
 def test_a_wrong_key_or_value_is_named_with_what_is_allowed(tmp_path, override, words):
     message = refused(tmp_path, MINIMAL, override)
     assert all(word in message for word in words), message
+
+
+HUB = "{source: huggingface, repo: acme/rows, alternatives: [{source: modelscope, repo: nowhere}]}"
+
+
+@pytest.mark.parametrize(
+    ("override", "at"),
+    [
+        ("model={source: package, package: oops, sha256: '', file: x}", ["model.package", "model.sha256"]),
+        ("model={source: local}", ["model.path"]),
+        ("merge_base={source: s3, url: http://x}", ["merge_base.url"]),
+        ("data.rows.0={source: local, path: 3}", ["data.rows.0.path"]),
+        (f"data.rows.0={HUB}", ["data.rows.0.alternatives.0.repo"]),
+        (
+            "data.evaluation_rows=[{source: package, package: a==1, sha256: '', file: x}]",
+            ["data.evaluation_rows.0.sha256"],
+        ),
+        ("train.lora.target_modules=[q_proj, 7]", ["train.lora.target_modules", "train.lora.target_modules.1"]),
+        ("train.micro_batch_size=0", ["train.micro_batch_size", "train.micro_batch_size"]),
+        ("evaluation.harness={folder: 3, tasks: []}", ["evaluation.harness.folder", "evaluation.harness.tasks"]),
+    ],
+)
+def test_a_key_is_named_as_it_is_written_whatever_it_is_called(tmp_path, override, at):
+    lines = refused(tmp_path, MINIMAL, override).splitlines()[1:]
+    assert [line.strip().partition(": ")[0] for line in lines] == at, lines
+
+
+def test_every_key_of_a_recipe_that_must_be_there_is_named_when_it_is_missing(tmp_path):
+    for source in ("package", "local", "huggingface", "modelscope", "s3"):
+        for key in ("model", "data.rows.0"):
+            lines = refused(tmp_path, MINIMAL, f"{key}={{source: {source}}}").splitlines()[1:]
+            named = {line.strip().partition(": ")[0] for line in lines}
+            assert named == {f"{key}.{field}" for field in REQUIRED[source]}
 
 
 def test_a_deepspeed_file_becomes_part_of_the_recipe(tmp_path):

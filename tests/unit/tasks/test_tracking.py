@@ -1,5 +1,6 @@
 """Runs on a real MLflow database."""
 
+import json
 import re
 import socket
 import subprocess
@@ -216,6 +217,24 @@ def test_a_run_whose_tags_were_edited_by_hand_stops_nobody_who_looks_for_orphans
 def test_nested_values_become_dotted_names():
     flat = flatten({"a": {"b": 1, "c": [1, 2]}, "d": None, "e": "text"})
     assert flat == {"a.b": "1", "a.c": "[1, 2]", "d": "null", "e": "text"}
+
+
+@pytest.mark.parametrize(
+    "text", ['say "yes"', '"yes"', '"', "", "好评", 'C:\\rows\\"new"', "two\nlines", '["not", "a", "list"]']
+)
+def test_a_text_is_logged_as_it_is_written(tracker, text):
+    retraining = begin(tracker, f"text-{abs(hash(text))}")
+    with tracker.stage(retraining, "prepare", "k" * 64, "task") as run:
+        run.params({"data": {"system_prompt": text}})
+    assert tracker.client.get_run(run.run_id).data.params == {"data.system_prompt": text}
+
+
+def test_texts_in_lists_stay_json_and_readable():
+    flat = flatten({"labels": ["好评", 'a "b"'], "sources": ({"path": "x"},), "settings": {}})
+    assert json.loads(flat["labels"]) == ["好评", 'a "b"']
+    assert "好评" in flat["labels"]
+    assert flat["sources"] == '[{"path": "x"}]'
+    assert flat["settings"] == "{}"
 
 
 def test_a_run_that_is_just_being_made_is_nobodys_orphan(tracker, monkeypatch):
