@@ -1,9 +1,9 @@
 """What models predict on held-out rows: how far two of them are apart, and how far one is from itself.
 
-After the weights are proven one by one, predictions prove the rest of a merged folder: its config, its ties and the
-tensors that did not change. The folder must predict what its weights predict in the base's own architecture. How
-exactly it can is measured on the same model: a causal model gives the same logits whether or not tokens follow, up to
-the order of its sums.
+After tensors and configuration are proven one by one, predictions prove that the folder is loaded as the model that
+they make: with the base's class, ties and code. It must predict what its weights predict in the base's own
+architecture. How exactly it can is measured on the same model: a causal model gives the same logits whether or not
+tokens follow, up to the order of its sums.
 """
 
 from collections.abc import Sequence
@@ -130,9 +130,9 @@ def check(difference: float, noise: float, device: torch.device) -> float:
         raise MergeError(
             "proof of the merge: the merged folder does not predict what its weights predict in the base's own "
             f"architecture: the largest logit difference is {difference:.3g} of the largest logit, and computing in "
-            f"{name_of(dtype)} explains at most {limit:.3g}. Its config, its tied weights or a tensor that did not "
-            "change is not the base's; nothing was registered. This is a defect of the merge, please report it with "
-            "the base's name"
+            f"{name_of(dtype)} explains at most {limit:.3g}. The folder is loaded as another model, with other tied "
+            "weights or other code; nothing was registered. This is a defect of the merge, please report it with the "
+            "base's name"
         )
     return limit
 

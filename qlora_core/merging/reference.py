@@ -5,7 +5,7 @@ differ by less than a bound that follows from the terms (Higham, Accuracy and St
 section 3.1), and rounding is monotonic, so a right element lies between the two roundings of the ends of that interval.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from qlora_core.errors import MergeError
 from qlora_core.merging.blocks import Opened, Scratch, opened
+from qlora_core.merging.difference import same_bits
 from qlora_core.merging.tensors import StoredTensor
 
 ADAPTER = "default"
@@ -75,9 +76,10 @@ def hold_stored(
     adapted: PeftModel,
     base: Mapping[str, StoredTensor],
     merged: Mapping[str, StoredTensor],
+    changed: Collection[str],
     dtype: torch.dtype | None,
 ) -> None:
-    """Compare every changed weight of the files with PEFT's, and give the model in memory what the files hold.
+    """Compare every tensor of the files with what it must hold, and give the model in memory the changed ones.
 
     Afterwards the model has the architecture, the ties and the unchanged weights of the base and the changed weights of
     the files, so that the merged folder must predict what it predicts.
@@ -86,10 +88,12 @@ def hold_stored(
         adapted: base and adapter.
         base: the tensors of the base.
         merged: the tensors of the merged model.
+        changed: names of those that the adapter changes; every other one must be the base's.
         dtype: what every tensor was cast to; None if each kept its dtype.
 
     Raises:
-        MergeError: a weight is not the base's plus what the adapter adds, rounded once.
+        MergeError: a weight is not the base's plus what the adapter adds, rounded once; or another tensor is missing,
+            or not the base's.
     """
     adapted.merge_adapter()
     with _reader(merged) as read:
@@ -97,6 +101,7 @@ def hold_stored(
             stored = read(exact.name).to(exact.values.device).view(exact.values.shape)
             _check(exact, stored)
             exact.parameter.copy_(stored)
+    _check_unchanged(base, merged, changed, dtype)
     _round_unchanged(adapted, dtype)
 
 
@@ -196,6 +201,26 @@ def _check(exact: Exact, stored: torch.Tensor) -> None:
             f"proof of the merge: {wrong:,} of {stored.numel():,} elements of {exact.name} are not the base plus what "
             "PEFT adds, rounded once; nothing was registered. This is a defect of the merge, please report it with "
             "the adapter"
+        )
+
+
+def _check_unchanged(
+    base: Mapping[str, StoredTensor],
+    merged: Mapping[str, StoredTensor],
+    changed: Collection[str],
+    dtype: torch.dtype | None,
+) -> None:
+    wrong = sorted(base.keys() ^ merged.keys())
+    with _reader(base) as read, _reader(merged) as read_merged:
+        for name in sorted((base.keys() & merged.keys()) - set(changed)):
+            before = read(name)
+            meant = before.to(dtype) if dtype is not None and before.is_floating_point() else before
+            if not same_bits(meant, read_merged(name)):
+                wrong.append(name)
+    if wrong:
+        raise MergeError(
+            f"proof of the merge: {', '.join(wrong[:3])} should be the base's and {'is' if len(wrong) == 1 else 'are'} "
+            "not; nothing was registered. This is a defect of the merge, please report it with the base's name"
         )
 
 

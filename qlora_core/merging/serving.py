@@ -5,10 +5,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from qlora_core.errors import MergeError
 from qlora_core.modeling.tokenizer import end_of_turn_id, load_tokenizer
 
 CONFIG = "config.json"
 GENERATION = "generation_config.json"
+DTYPE_KEYS = ("dtype", "torch_dtype")
 NOT_COPIED_SUFFIXES = frozenset(
     {".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx", ".ot"}
 )
@@ -47,6 +49,26 @@ def write_serving_files(base: Path, trained: Path, model: Path, dtype: str | Non
     config = json.loads((base / CONFIG).read_text())
     _write(model / CONFIG, _with_dtype(config, dtype))
     _write(model / GENERATION, _generation(base, model, config))
+
+
+def check_config(base: Path, model: Path) -> None:
+    """Hold the merged model's configuration against the base's; only the dtype may differ.
+
+    Raises:
+        MergeError: another key does.
+    """
+    before, after = (json.loads((folder / CONFIG).read_text()) for folder in (base, model))
+    missing = object()
+    wrong = sorted(
+        key
+        for key in before.keys() | after.keys()
+        if key not in DTYPE_KEYS and before.get(key, missing) != after.get(key, missing)
+    )
+    if wrong:
+        raise MergeError(
+            f"proof of the merge: {CONFIG} of the merged model differs from the base's in {', '.join(wrong)}; nothing "
+            "was registered. This is a defect of the merge, please report it with the base's name"
+        )
 
 
 def _replace_tokenizer(trained: Path, model: Path) -> None:

@@ -19,7 +19,7 @@ from qlora_core.merging.logits import Agreement, agree, check, difference, noise
 from qlora_core.merging.plot import plot_changes
 from qlora_core.merging.reference import hold_stored, with_adapter
 from qlora_core.merging.rounding import choose
-from qlora_core.merging.serving import write_serving_files
+from qlora_core.merging.serving import check_config, write_serving_files
 from qlora_core.merging.spec import MODEL, PROOF, MergeSpec
 from qlora_core.merging.tensors import lay_out, read_folder, write_index
 from qlora_core.merging.write import write_shards
@@ -127,14 +127,15 @@ def _check_vocabulary(task: MergeSpec) -> None:
 
 
 def prove_predictions(task: MergeSpec, probe: Sequence[TokenRow], device: torch.device) -> Predictions:
-    """Prove every changed weight of the written folder, then that the folder predicts what these weights predict.
+    """Prove the configuration and every tensor of the written folder, then that it predicts what these predict.
 
     Raises:
-        MergeError: a weight is wrong, or the folder predicts something else.
+        MergeError: a key or a tensor is wrong, or the folder predicts something else.
     """
-    adapted, dtype = _adapted(task, device), _cast_to(task)
+    check_config(task.base.path, task.into / MODEL)
+    adapted, base, merged_files = _adapted(task, device), read_folder(task.base.path), read_folder(task.into / MODEL)
     expected = predict(adapted, probe)
-    hold_stored(adapted, read_folder(task.base.path), read_folder(task.into / MODEL), dtype)
+    hold_stored(adapted, base, merged_files, _changes(task).keys(), _cast_to(task))
     reference = predict(adapted, probe)
     explained = noise(adapted, probe, reference)
     del adapted
