@@ -97,7 +97,7 @@ def assert_merged(merged: MergedModel, plain: Path) -> None:
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == {name for name in before if "_proj." in name}
-    assert set(merged.proof.losses) == {"quantized_base_and_adapter", "base_and_adapter", "merged"}
+    assert set(merged.proof.losses) == {"quantized_base_and_adapter", "base", "base_and_adapter", "merged"}
     assert merged.proof.losses["quantized_base_and_adapter"] == pytest.approx(merged.proof.losses["merged"], abs=0.5)
 
 

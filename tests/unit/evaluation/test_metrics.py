@@ -171,7 +171,7 @@ def test_a_gate_on_a_score_that_some_metric_gives_is_fine_even_on_loss_without_a
     [
         (("loss",), "valid_call", "add `tool_call` to evaluation.metrics"),
         (("tool_call",), "valid_cal", "did you mean `valid_call`"),
-        (("loss",), "stops_by_itself", "the recipe scores loss, perplexity, token_accuracy"),
+        (("loss",), "stops_by_itself", "the recipe scores loss, perplexity, rounding_cost, token_accuracy"),
     ],
 )
 def test_a_gate_on_a_score_that_nobody_gives_is_refused(metrics: tuple[str, ...], score: str, hint: str) -> None:

@@ -26,7 +26,15 @@ ADAPTER = Adapter(
     evaluation_loss=1.0,
 )  # fmt: skip
 PROOF = MergeProof(
-    tensors=1, changed=(), unchanged=0, largest_logit_difference=0, kl_divergence=0, top1_agreement=1, probe_tokens=1
+    tensors=1,
+    changed=(),
+    unchanged=0,
+    prediction_difference=0.0,
+    prediction_limit=1e-6,
+    largest_logit_difference=0,
+    kl_divergence=0,
+    top1_agreement=1,
+    probe_tokens=1,
 )
 MERGED = MergedModel(path=Path("/x"), base_digest="b", adapter_digest="a", dtype="bfloat16", proof=PROOF)
 

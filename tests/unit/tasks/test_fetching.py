@@ -146,6 +146,8 @@ def test_a_merge_in_the_store_is_the_model_that_was_registered(settings: Setting
         tensors=1,
         changed=(),
         unchanged=0,
+        prediction_difference=0.0,
+        prediction_limit=1e-6,
         largest_logit_difference=0,
         kl_divergence=0,
         top1_agreement=1,

@@ -190,6 +190,8 @@ def test_each_loss_of_a_merge_is_logged_once(tmp_path):
         tensors=1,
         changed=(),
         unchanged=1,
+        prediction_difference=0.0,
+        prediction_limit=1e-6,
         largest_logit_difference=0.0,
         kl_divergence=0.0,
         top1_agreement=1.0,
