@@ -14,9 +14,9 @@ from tests.integration.conftest import COMMAND_TIMEOUT_S, qlora
 from tests.terminal import CTRL_C, Terminal
 from tests.tiny import write_recipe
 
-ENDS_WITHIN_S = 10.0
-"""From the signal to the exit code; Python alone takes two seconds to end."""
-PATIENCE_S = 5.0
+ENDS_WITHIN_S = 30.0
+"""From the signal to the exit code, on a machine that runs other tests beside this one; alone it takes a few seconds."""
+PATIENCE_S = 20.0
 STAGES = ("download", "prepare", "train", "merge", "evaluate", "register", "promote")
 STARTING = "starting the embedded Prefect server"
 OVER = {"COMPLETED", "CRASHED", "CANCELLED"}
