@@ -15,7 +15,7 @@ from tests.terminal import CTRL_C, Terminal
 from tests.tiny import write_recipe
 
 ENDS_WITHIN_S = 30.0
-"""From the signal to the exit code, on a machine that runs other tests beside this one; alone it takes a few seconds."""
+"""From the signal to the exit code, on a machine that runs other tests beside this one."""
 PATIENCE_S = 20.0
 STAGES = ("download", "prepare", "train", "merge", "evaluate", "register", "promote")
 STARTING = "starting the embedded Prefect server"
