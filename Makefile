@@ -19,7 +19,7 @@ TOOLS  := .tools$(SUFFIX)
 
 FAULTS ?= .faults
 
-.PHONY: quickstart test test-gptq test-kernels team-test faults soak merges queue fuzz lock audit check ui clean help
+.PHONY: quickstart test test-minutes test-gptq test-kernels team-test faults soak merges queue fuzz lock audit check ui clean help
 
 help:            ## what can be typed
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed 's/: .*## /\t/' | expand -t 14
@@ -31,7 +31,10 @@ ui: $(STAMP)     ## the MLflow UI and the Prefect UI of the quickstart
 	@$(BIN)/qlora ui
 
 test: $(STAMP)   ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not gptq and not extras" --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not gpu and not gptq and not extras and not minutes" --numprocesses 2 --dist loadfile
+
+test-minutes: $(STAMP)  ## what takes minutes each: every signal in every stage, first commands killed, the shell lines of the documents
+	$(BIN)/python -m pytest -m minutes
 
 test-gptq: $(GPTQ_STAMP)  ## the tests of GPTQ bases and of the lm-evaluation-harness, in an environment that has them
 	$(GPTQ)/bin/python -m pytest -m "gptq or extras"

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 START_TIMEOUT_S = 180
-COMMAND_TIMEOUT_S = 400
+COMMAND_TIMEOUT_S = 900
 SERVER_PORTS = (12_000, 32_000)
 RANDOM = random.SystemRandom()
 """Seeded by nobody: two test processes do not try the same ports."""

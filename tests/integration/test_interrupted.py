@@ -63,7 +63,7 @@ def environment(tmp_path_factory) -> dict[str, str]:
     return made
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("how", HOW)
 def test_a_run_that_is_ended_in_every_stage_ends_at_once_and_goes_on_where_it_was(environment, how, tmp_path):
     home = tmp_path / "home"

@@ -156,7 +156,7 @@ def test_a_rollback_restores_the_earlier_champion_for_all_to_see(judged):
     assert "users complain" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_run_that_finds_nothing_changed_names_the_champion_that_was_removed_by_hand(judged):
     before = aliases(judged.client)
     champion, previous = before["champion"], before["previous"]
@@ -175,7 +175,7 @@ def test_a_run_that_finds_nothing_changed_names_the_champion_that_was_removed_by
     assert aliases(judged.client) == before
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_the_champion_is_promoted_again_after_its_gates_were_changed(judged):
     qlora("promote", f"{NAME}@3", environment=judged.environment)
     assert aliases(judged.client) == {"champion": 3, "previous": 1}
@@ -186,7 +186,7 @@ def test_the_champion_is_promoted_again_after_its_gates_were_changed(judged):
     assert aliases(judged.client) == {"champion": 4, "previous": 1}
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_champion_set_by_hand_to_a_plain_folder_is_evaluated_exported_and_looked_at_again(judged):
     source = (judged.recipe.parent / "model").as_uri()
     number = int(judged.client.create_model_version(NAME, source=source).version)

@@ -81,7 +81,7 @@ def answer(program: str, environment: dict[str, str], *arguments: str) -> dict:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_run_whose_process_was_never_born_is_ended_and_the_next_one_gets_its_slot(tmp_path):
     port = free_port()
     (tmp_path / "prefect").mkdir()

@@ -16,7 +16,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
-SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("deploy", "data publish", "notify", "serve-flows")]
+SLOW = [pytest.param(name, marks=pytest.mark.minutes) for name in ("deploy", "data publish", "notify", "serve-flows")]
 
 
 @pytest.mark.parametrize("command", ["run", "reconcile", *SLOW])

@@ -127,7 +127,7 @@ def make_blocks(shell: Shell) -> None:
     }
     with temporary_settings(member):
         SlackWebhook(url="https://example.com/hook").save("team")
-        SendgridEmail(api_key="none", to_emails=["oncall@example.com"]).save("oncall")
+        SendgridEmail(api_key="none", sender_email="qlora@example.com", to_emails=["oncall@example.com"]).save("oncall")
 
 
 def lose_everything(shell: Shell) -> None:
@@ -156,6 +156,7 @@ TYPED: dict[str, dict[str, Run | Read]] = {
         "make test": Read("CI runs it, and this test in it"),
         "make test-gptq": Read("CI runs it"),
         "make test-kernels": Read("CI runs it"),
+        "make test-minutes": MINUTES,
         "make faults": MINUTES,
         "make soak": MINUTES,
         "make quickstart": MINUTES,
@@ -226,14 +227,14 @@ def test_every_shell_line_is_in_the_table_in_its_order(name: str):
     assert lines == list(TYPED.get(name.replace(".zh-CN", ""), {}))
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_the_lines_of_the_readme_run(shell: Shell):
     for line, how in TYPED["README.md"].items():
         how(line, shell)
     assert shell.us.ask("/work_pools/filter", work_pools={"name": {"any_": ["gpu"]}})[0]["concurrency_limit"] == 4
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.timeout(1200)
 def test_they_retrain_and_the_python_of_the_readme_loads_the_champion(shell: Shell, monkeypatch: pytest.MonkeyPatch):
     client = MlflowClient(shell.us.mlflow_url)
@@ -248,7 +249,7 @@ def test_they_retrain_and_the_python_of_the_readme_loads_the_champion(shell: She
     assert "'role': 'assistant'" in answer.stdout, answer.stderr[-2000:]
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_the_lines_of_the_page_on_servers_run(shell: Shell):
     """Last in this file: it ends the servers, and restores what they held."""
     for line, how in TYPED["infra/README.md"].items():

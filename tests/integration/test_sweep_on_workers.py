@@ -37,7 +37,7 @@ part_of_a_sweep()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.minutes
 def test_a_trial_that_cannot_start_ends_those_that_have_started(prefect_api, environment, tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)

@@ -18,7 +18,7 @@ STAGES = ("download", "prepare", "train", "merge", "evaluate", "register", "prom
 MADE = {"download": ("download",), "prepare": ("raw", "prepare"), "evaluate": ("scores", "evaluate")}
 """Folders of the store that a stage fills, where they are not its name."""
 STEPS, STEPS_A_CHECKPOINT = 30, 3
-COMMAND_TIMEOUT_S = 240
+COMMAND_TIMEOUT_S = 600
 REPO = "acme/tiny"
 SIGN_IN = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")
 

@@ -174,7 +174,7 @@ def test_a_user_without_a_passwd_entry_can_look_at_models(variables, tmp_path):
 
 
 @needs_root
-@pytest.mark.slow
+@pytest.mark.minutes
 @pytest.mark.parametrize("arguments", [["reconcile"], ["doctor"], ["store", "ls"]], ids=" ".join)
 def test_a_user_without_a_passwd_entry_can_use_every_kind_of_command(arguments, tmp_path):
     result = as_nobody(*arguments, folder=tmp_path)

@@ -55,6 +55,7 @@ def end(process: "subprocess.Popen[str]") -> tuple[int, str]:
     return process.returncode, out + err
 
 
+@pytest.mark.minutes
 def test_several_commands_at_once_on_a_home_that_does_not_exist_all_succeed(tmp_path: Path):
     home = tmp_path / "home"
     commands = [start(home, *what) for what in (["models"], ["reconcile"], ["models", "--json"])]
@@ -64,6 +65,7 @@ def test_several_commands_at_once_on_a_home_that_does_not_exist_all_succeed(tmp_
     assert not list(home.rglob(".making-*"))
 
 
+@pytest.mark.minutes
 def test_a_command_that_is_killed_at_any_moment_leaves_a_home_that_the_next_one_uses(tmp_path: Path):
     """From its first folder on; the moments cover the making of the database on machines of any speed."""
     for number, after_s in enumerate(MOMENTS_S):
@@ -260,6 +262,7 @@ def test_a_home_may_have_any_name(tmp_path: Path, made: Path):
     assert settings.mlflow_database.is_file()
 
 
+@pytest.mark.minutes
 def test_both_databases_are_made_in_a_home_of_any_name_and_prefect_serves_from_it(tmp_path: Path):
     home = tmp_path / "a b?c#d%41é 中文"
     code, said = end(start(home, "reconcile"))
