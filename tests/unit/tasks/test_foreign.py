@@ -30,6 +30,8 @@ RECIPE = Recipe.model_validate(
     }
 )
 
+pytestmark = pytest.mark.minutes
+
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory, request) -> ModelRegistry:
