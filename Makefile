@@ -31,7 +31,7 @@ ui: $(STAMP)     ## the MLflow UI and the Prefect UI of the quickstart
 	@$(BIN)/qlora ui
 
 test: $(STAMP)   ## all tests that need no GPU
-	$(BIN)/python -m pytest -m "not gpu and not gptq and not extras and not minutes" --numprocesses 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not gptq and not extras and not minutes" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-minutes: $(STAMP)  ## what takes minutes each: every signal in every stage, first commands killed, the shell lines of the documents
 	$(BIN)/python -m pytest -m minutes

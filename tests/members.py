@@ -17,7 +17,7 @@ import psutil
 from mlflow import MlflowClient
 from mlflow.entities.model_registry import ModelVersion
 
-from tests.integration.conftest import qlora
+from tests.commands import qlora
 from tests.servers import CHECKOUT
 from tests.team import Team
 from tests.team_servers import BUCKET, set_up_databases

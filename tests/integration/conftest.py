@@ -1,4 +1,4 @@
-"""One real Prefect server for all integration tests, and the `qlora` command as a user runs it."""
+"""One real Prefect server for all integration tests of a process."""
 
 import os
 import random
@@ -6,19 +6,16 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 
 START_TIMEOUT_S = 180
-COMMAND_TIMEOUT_S = 900
 SERVER_PORTS = (12_000, 32_000)
 RANDOM = random.SystemRandom()
 """Seeded by nobody: two test processes do not try the same ports."""
-
-Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture(scope="session")
@@ -59,17 +56,6 @@ def shell(prefect_api: str, home: Path, downloads: Path) -> dict[str, str]:
         "QLORA_DOWNLOADS": str(downloads),
         "COLUMNS": "160",
     }
-
-
-def qlora(*arguments: str | Path, environment: dict[str, str]) -> "subprocess.CompletedProcess[str]":
-    """Run the command to its end."""
-    return subprocess.run(
-        [sys.executable, "-m", "flows.cli", *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=COMMAND_TIMEOUT_S,
-    )
 
 
 def free_port() -> int:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import COMMAND_TIMEOUT_S, qlora
+from tests.commands import COMMAND_TIMEOUT_S, qlora
 from tests.terminal import CTRL_C, Terminal
 from tests.tiny import write_recipe
 

@@ -23,8 +23,9 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import WebDriverWait
 
 from docs.screenshots import browser
+from tests.commands import qlora
 from tests.faulty import FaultyServer, faulty
-from tests.integration.conftest import qlora, shell
+from tests.integration.conftest import shell
 from tests.servers import mlflow_server
 from tests.tiny import write_recipe, write_rows
 

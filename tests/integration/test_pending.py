@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import COMMAND_TIMEOUT_S, free_port, shell, wait_until_healthy
+from tests.commands import COMMAND_TIMEOUT_S
+from tests.integration.conftest import free_port, shell, wait_until_healthy
 from tests.servers import CHECKOUT
 
 TAKE_UP = """

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 
 from tasks.settings import Settings
-from tests.integration.conftest import qlora
+from tests.commands import qlora
 
 REASON = "✓ besser — 更好 …"
 

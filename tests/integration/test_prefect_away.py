@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import qlora
+from tests.commands import qlora
 from tests.tiny import write_recipe
 
 AWAY = "http://127.0.0.1:9/api"

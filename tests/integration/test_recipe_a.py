@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.integration.conftest import qlora
+from tests.commands import qlora
 from tests.integration.recorded import client_of, runs_of
 from tests.integration.test_recipes import PAIRS, ROWS, SHIPPED
 from tests.quantized import quantize_with_gptqmodel
-from tests.tiny import write_model
+from tests.tiny import CONTEXT_TOKENS, write_model
 
 pytestmark = [pytest.mark.gptq, pytest.mark.slow]
 RECIPE = next(path for path in SHIPPED if path.stem == "qwen-gptq-zero2")
@@ -30,6 +30,7 @@ def test_recipe_a_trains_int4_under_zero2_and_registers_a_champion_in_16_bit(env
     swapped = {
         "model": {"source": "local", "path": str(quantized)},
         "data.rows": [{"source": "local", "path": str(rows)}],
+        "data.seq_len_tokens": CONTEXT_TOKENS,
         "train.learning_rate": 2e-2,
     }
     sets = [part for key, value in swapped.items() for part in ("--set", f"{key}={json.dumps(value)}")]

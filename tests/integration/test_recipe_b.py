@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from qlora_core.modeling.loss import collate
 from qlora_core.modeling.rows import TokenRows
 from qlora_core.modeling.tokenizer import load_tokenizer
-from tests.integration.conftest import qlora
+from tests.commands import qlora
 from tests.integration.recorded import runs_of
 from tests.integration.test_recipes import PAIRS, SHIPPED
 from tests.real import tokenizer_of, write_model

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.conftest import qlora
+from tests.commands import qlora
 from tests.tiny import write_recipe
 
 

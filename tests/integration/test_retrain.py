@@ -22,7 +22,8 @@ from qlora_core.events import Metrics, Note, Progress
 from qlora_core.recipe import load_recipe
 from qlora_core.store import Store
 from qlora_core.training import launch
-from tests.integration.conftest import COMMAND_TIMEOUT_S, qlora, shell
+from tests.commands import COMMAND_TIMEOUT_S, qlora
+from tests.integration.conftest import shell
 from tests.integration.recorded import client_of, runs_of
 from tests.tiny import write_recipe
 

@@ -15,7 +15,8 @@ from openai.types.chat import ChatCompletion
 
 from tasks.registry import ModelRegistry
 from tasks.settings import Settings
-from tests.integration.conftest import COMMAND_TIMEOUT_S, free_port, wait_until_healthy
+from tests.commands import COMMAND_TIMEOUT_S
+from tests.integration.conftest import free_port, wait_until_healthy
 from tests.tiny import write_model
 
 NAME = "tiny-painter"

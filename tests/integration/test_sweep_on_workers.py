@@ -7,7 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.integration.conftest import COMMAND_TIMEOUT_S
+from tests.commands import COMMAND_TIMEOUT_S
 
 PROGRAM = """
 import sys

@@ -8,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.server.auth.client import AuthServiceClient
 
-from tests.integration.conftest import qlora
+from tests.commands import qlora
 from tests.members import (
     NAME,
     assert_artifacts_are_in_s3,

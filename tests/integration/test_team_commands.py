@@ -36,7 +36,8 @@ from tasks.publishing import announce, resource
 from tasks.registry import Version
 from tasks.settings import Settings
 from tasks.tracking import Tracker
-from tests.integration.conftest import free_port, qlora
+from tests.commands import qlora
+from tests.integration.conftest import free_port
 from tests.integration.hub_server import HubServer
 from tests.integration.hub_server import running as running_hub
 from tests.mailbox import mailbox

@@ -9,7 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.integration.conftest import qlora, shell
+from tests.commands import qlora
+from tests.integration.conftest import shell
 from tests.integration.recorded import runs_of
 from tests.quantized import quantize_with_bitsandbytes
 from tests.tiny import write_recipe

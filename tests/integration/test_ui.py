@@ -13,7 +13,8 @@ import pytest
 
 from flows import ui
 from qlora_core.errors import QloraError
-from tests.integration.conftest import free_port, qlora, wait_until_healthy
+from tests.commands import qlora
+from tests.integration.conftest import free_port, wait_until_healthy
 from tests.servers import running
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from tests.integration.faults.flow import Flow
+from tests.commands import Flow
 from tests.integration.faults.world import STAGES, Home, flow_runs
 
 CHILD_STAGES = ("download", "train", "merge", "evaluate")

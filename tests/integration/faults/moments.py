@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 
 import psutil
 
-from tests.integration.faults.flow import Flow
+from tests.commands import Flow
 from tests.integration.faults.world import COMMAND_TIMEOUT_S, Home
 
 REQUESTS = {

@@ -18,8 +18,8 @@ from tempfile import TemporaryDirectory
 
 import psutil
 
+from tests.commands import Flow
 from tests.integration.faults.checks import FINAL, client_of, runs_of
-from tests.integration.faults.flow import Flow
 from tests.integration.faults.world import COMMAND_TIMEOUT_S, SIGN_IN, Home, World, flow_runs, world
 
 NAME = "soak"

@@ -7,12 +7,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.integration.faults.flow import Flow, Launcher, launcher
+from tests.commands import Flow, Launcher, launcher
 from tests.integration.faults.gate import Gate
 from tests.integration.hub_server import HubServer
 from tests.integration.hub_server import running as hub
 from tests.team import Team, team
 from tests.tiny import write_recipe
+from tests.zygote import RETRY_SOON
 
 STAGES = ("download", "prepare", "train", "merge", "evaluate", "register", "promote")
 MADE = {"download": ("download",), "prepare": ("raw", "prepare"), "evaluate": ("scores", "evaluate")}
@@ -94,7 +95,7 @@ def world(folder: Path) -> Iterator[World]:
         ports = {"mlflow": servers.mlflow_port, "prefect": servers.prefect_port, "hub": hub_server.server_address[1]}
         environment = shell(servers, {name: gate(name, int(port)) for name, port in ports.items()})
         recipe = publish_recipe(folder / "recipe", hub_server)
-        starter = stack.enter_context(launcher(folder, environment))
+        starter = launcher(environment)
         made = World(servers, folder, recipe, **gates, hub_server=hub_server, launcher=starter,
                      environment=environment, baseline=folder / "baseline")  # fmt: skip
         flow = made.home("baseline", "download", made.baseline).start(1)
@@ -129,6 +130,7 @@ def shell(servers: Team, ports: dict[str, int]) -> dict[str, str]:
         "HF_ENDPOINT": f"http://127.0.0.1:{ports['hub']}",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "PREFECT_CLIENT_MAX_RETRIES": "1",
+        RETRY_SOON: "1",
     }
 
 

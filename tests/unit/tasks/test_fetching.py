@@ -7,6 +7,7 @@ import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_files_that_are_on_this_machine_are_not_copied(settings: Settings):
 def test_files_that_are_gone_are_said_to_be_gone(settings: Settings):
     registry = ModelRegistry(settings)
     version = registry.resolve("m")
-    folder = model_folder(registry, version)
+    folder = Path(urlsplit(registry.address(version)).path)
     folder.rename(folder.with_name("elsewhere"))
     try:
         with pytest.raises(StoreError, match=r"m version 1 is registered with files at .*, which are not there"):

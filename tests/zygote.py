@@ -2,7 +2,7 @@
 
 Imports are nine tenths of what a tiny retraining costs. A fork is a process like any other: it has its own number, is
 the leader of its session, gets signals, ends with its parent. What it does not have is a command line of its own, so
-each leaves its number in a file. With QLORA_FAULTS_EXEC=1 real commands are started instead.
+each leaves its number in a file. With QLORA_TESTS_EXEC=1 real commands are started instead.
 """
 
 import json
@@ -20,19 +20,21 @@ from typing import Any
 
 PIDS = "QLORA_TEST_PIDS"
 """Environment variable: the file that gets the numbers of all processes of a command."""
+RETRY_SOON = "QLORA_TEST_RETRY_SOON"
+"""Environment variable: set where stages wait for moments, not minutes, before they try again."""
 FIRST_INHERITED, LAST_INHERITED = 3, 4096
 
 
 class Forked:
     """What `qlora_core.process` uses of `subprocess.Popen`, by a fork."""
 
-    def __init__(self, command: list[str], *, stdout: Any, env: dict[str, str], **_: Any) -> None:
+    def __init__(self, command: list[str], *, env: dict[str, str], stdout: Any = None, **_: Any) -> None:
         verb = command.index("qlora_core.process")
-        log = stdout.fileno()
+        out, errors = (stdout.fileno(), stdout.fileno()) if stdout else (1, 2)
         self.returncode: int | None = None
         self.pid = os.fork()
         if self.pid == 0:
-            become(log, env, lambda: _work(command[verb + 1 :]))
+            become(out, errors, env, lambda: _work(command[verb + 1 :]))
         _remember(self.pid)
 
     def poll(self) -> int | None:
@@ -42,22 +44,32 @@ class Forked:
                 self.returncode = os.waitstatus_to_exitcode(status)
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
-        deadline = time.monotonic() + timeout
+    def wait(self, timeout: float | None = None) -> int:
+        deadline = time.monotonic() + (timeout or float("inf"))
         while (code := self.poll()) is None:
             if time.monotonic() > deadline:
-                raise subprocess.TimeoutExpired("a fork", timeout)
+                raise subprocess.TimeoutExpired("a fork", timeout or 0)
             time.sleep(0.01)
         return code
 
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
-def become(log: int, environment: dict[str, str], main: Any) -> None:
-    """Be a new program: own session, output to a file, nothing inherited but what was imported; never returns."""
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def become(out: int, errors: int, environment: dict[str, str], main: Any) -> None:
+    """Be a new program: own session, output to files, nothing inherited but what was imported; never returns."""
     code = 70
     try:
         os.setsid()
-        os.dup2(log, 1)
-        os.dup2(log, 2)
+        os.dup2(out, 1)
+        os.dup2(errors, 2)
         os.closerange(FIRST_INHERITED, LAST_INHERITED)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
@@ -96,12 +108,26 @@ def _command(arguments: list[str]) -> int:
     popen = SimpleNamespace(**{name: getattr(subprocess, name) for name in ("DEVNULL", "STDOUT", "TimeoutExpired")})
     popen.Popen = Forked
     qlora_core.process.subprocess = popen  # type: ignore[assignment]
-    _retry_soon()
+    if RETRY_SOON in os.environ:
+        _retry_soon()
+    _read_environment_again()
     sys.argv = ["qlora", *arguments]
     try:
         main()
     finally:
         atexit._run_exitfuncs()  # the last events of Prefect are sent there
+
+
+def _read_environment_again() -> None:
+    """Prefect reads its variables when it is imported."""
+    import prefect.context
+
+    from qlora_core.errors import QloraError
+    from tasks.settings import settings_of_environment
+
+    with suppress(QloraError):  # the command itself says what is wrong with a variable
+        settings_of_environment().configure_libraries()
+        prefect.context.refresh_global_settings_context()
 
 
 def _retry_soon() -> None:
@@ -148,7 +174,10 @@ def import_all() -> None:
 
 
 def serve(path: str) -> None:
-    """Fork for every request on a socket: `{arguments, environment, log}`; answers a number, later an exit code."""
+    """Fork for every request on a socket; answers a number, later an exit code.
+
+    A request is a line of JSON: `{arguments, environment, output, errors}`, the last two files.
+    """
     import_all()
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(path)
@@ -170,11 +199,12 @@ def serve(path: str) -> None:
 def _begin(link: socket.socket, waiting: dict[int, socket.socket]) -> None:
     link.setblocking(True)
     request = json.loads(link.makefile().readline())
-    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    files = [os.open(request[name], os.O_WRONLY | os.O_CREAT | os.O_APPEND) for name in ("output", "errors")]
     pid = os.fork()
     if pid == 0:
-        become(log, request["environment"], lambda: _command(request["arguments"]))
-    os.close(log)
+        become(*files, request["environment"], lambda: _command(request["arguments"]))
+    for file in files:
+        os.close(file)
     waiting[pid] = link
     link.sendall(f"{pid}\n".encode())
 
