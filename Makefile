@@ -30,8 +30,10 @@ quickstart: $(STAMP)  ## a base model, an adapter, a merged and promoted model, 
 ui: $(STAMP)     ## the MLflow UI and the Prefect UI of the quickstart
 	@$(BIN)/qlora ui
 
+# Two processes of two threads each would wait for each other.
+test: export OMP_NUM_THREADS = 1
 test: $(STAMP)   ## all tests that need no GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not gpu and not gptq and not extras and not minutes" --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -m "not gpu and not gptq and not extras and not minutes" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test-minutes: $(STAMP)  ## what takes minutes each: every signal in every stage, first commands killed, the shell lines of the documents
 	$(BIN)/python -m pytest -m minutes

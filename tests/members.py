@@ -213,7 +213,8 @@ def holdings(us: Team) -> dict[str, Any]:
         for f in client.list_artifacts(run.info.run_id)
         if not f.is_dir
     )
-    flow_runs = us.ask("/flow_runs/filter", sort="START_TIME_ASC")
+    ended = {"state": {"type": {"any_": ["COMPLETED", "FAILED", "CRASHED", "CANCELLED"]}}}  # a schedule makes others
+    flow_runs = us.ask("/flow_runs/filter", flow_runs=ended, sort="START_TIME_ASC")
     return {
         "runs": {run.info.run_id: run.to_dictionary() for run in runs},
         "aliases": {model.name: (model.aliases, model.tags) for model in models},

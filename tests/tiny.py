@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from qlora_core.artifacts import DataFile, DataSnapshot, ModelSnapshot, PreparedDataset
+from qlora_core.artifacts import DataFile, DataSnapshot, MergeProof, ModelSnapshot, PreparedDataset
 from qlora_core.events import ignore
 from qlora_core.recipe import DataRecipe
 
@@ -122,3 +123,19 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     )
     tokenizer.chat_template = CHATML
     return tokenizer
+
+
+def merge_proof(**fields: Any) -> MergeProof:
+    """Of a merge that changed nothing, for tests that need one and do not look at it."""
+    nothing = {
+        "tensors": 1,
+        "changed": (),
+        "unchanged": 1,
+        "prediction_difference": 0.0,
+        "prediction_limit": 1e-6,
+        "largest_logit_difference": 0.0,
+        "kl_divergence": 0.0,
+        "top1_agreement": 1.0,
+        "probe_tokens": 1,
+    }
+    return MergeProof.model_validate(nothing | fields)

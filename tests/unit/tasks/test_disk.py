@@ -5,7 +5,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from qlora_core.artifacts import Adapter, Architecture, MergedModel, MergeProof, ModelSnapshot
+from qlora_core.artifacts import Adapter, Architecture, MergedModel, ModelSnapshot
 from qlora_core.errors import StoreError
 from qlora_core.recipe import Recipe
 from tasks.disk import Need, disks_of, needs_of, on_disks
@@ -13,7 +13,7 @@ from tasks.preflight import preflight
 from tasks.settings import Settings
 from tasks.unchanged import Made
 from tests.integration.hub_server import running
-from tests.tiny import write_rows
+from tests.tiny import merge_proof, write_rows
 
 GB = 1e9
 SHAPE_7B = Architecture(
@@ -25,17 +25,7 @@ ADAPTER = Adapter(
     path=Path("/x"), base_digest="b", data_digest="d", steps=1, rank=16, trainable_parameters=1, train_loss=1.0,
     evaluation_loss=1.0,
 )  # fmt: skip
-PROOF = MergeProof(
-    tensors=1,
-    changed=(),
-    unchanged=0,
-    prediction_difference=0.0,
-    prediction_limit=1e-6,
-    largest_logit_difference=0,
-    kl_divergence=0,
-    top1_agreement=1,
-    probe_tokens=1,
-)
+PROOF = merge_proof()
 MERGED = MergedModel(path=Path("/x"), base_digest="b", adapter_digest="a", dtype="bfloat16", proof=PROOF)
 
 

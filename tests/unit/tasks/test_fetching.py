@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from qlora_core.artifacts import MergedModel, MergeProof
+from qlora_core.artifacts import MergedModel
 from qlora_core.cleanup import clean_up
 from qlora_core.errors import StoreError
 from qlora_core.inventory import inventory, needed
@@ -23,7 +23,7 @@ from tasks.registry import ModelRegistry, Version
 from tasks.serving import server_of
 from tasks.settings import Settings
 from tasks.tracking import Tracker
-from tests.tiny import write_model
+from tests.tiny import merge_proof, write_model
 
 QUESTION = [{"role": "user", "content": "hello?"}]
 DAY_S = 86400
@@ -143,17 +143,7 @@ def test_a_fetched_model_is_seen_by_the_store_kept_while_it_is_champion_and_free
 
 def test_a_merge_in_the_store_is_the_model_that_was_registered(settings: Settings):
     registry, store = Away(settings), Store(settings.store)
-    proof = MergeProof(
-        tensors=1,
-        changed=(),
-        unchanged=0,
-        prediction_difference=0.0,
-        prediction_limit=1e-6,
-        largest_logit_difference=0,
-        kl_divergence=0,
-        top1_agreement=1,
-        probe_tokens=1,
-    )
+    proof = merge_proof()
 
     def produce(into: Path) -> MergedModel:
         (into / "model").mkdir()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_core.artifacts import Architecture, MergedModel, MergeProof, ModelSnapshot, PreparedDataset
+from qlora_core.artifacts import Architecture, MergedModel, ModelSnapshot, PreparedDataset
 from qlora_core.errors import RegistryError, StoreError
 from qlora_core.events import ignore
 from qlora_core.recipe import Recipe, load_recipe
@@ -19,7 +19,7 @@ from tasks.registry import ModelRegistry, Version
 from tasks.settings import Settings
 from tasks.stage import Stage
 from tasks.tracking import Tracker
-from tests.tiny import prepare_rows, write_model, write_recipe
+from tests.tiny import merge_proof, prepare_rows, write_model, write_recipe
 
 NAME = "tiny-painter"
 RECIPE = Recipe.model_validate(
@@ -160,17 +160,7 @@ def test_a_version_of_others_is_exported_and_looked_at_again(registry, by_hand, 
     assert (second.before, second.drifted) == (first.now, False)
 
 
-PROOF = MergeProof(
-    tensors=1,
-    changed=(),
-    unchanged=1,
-    prediction_difference=0.0,
-    prediction_limit=1e-6,
-    largest_logit_difference=0.0,
-    kl_divergence=0.0,
-    top1_agreement=1.0,
-    probe_tokens=1,
-)
+PROOF = merge_proof()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from mlflow import MlflowClient
 from mlflow.store.tracking.dbmodels.models import SqlDataset
 from sqlalchemy import event
 
-from qlora_core.artifacts import EvaluationReport, MergedModel, MergeProof
+from qlora_core.artifacts import EvaluationReport, MergedModel
 from qlora_core.errors import RegistryError
 from qlora_core.events import Metrics
 from qlora_core.recipe import Recipe
@@ -20,6 +20,7 @@ from tasks.orphans import end_orphans
 from tasks.processes import this_process
 from tasks.settings import Settings
 from tasks.tracking import Described, Tracker, flatten
+from tests.tiny import merge_proof
 
 RECIPE = Recipe.model_validate(
     {"name": "r", "model": {"source": "local", "path": "m"}, "data": {"rows": [{"source": "local", "path": "d"}]}}
@@ -186,18 +187,7 @@ def test_rows_that_were_read_for_evaluation_are_logged_as_such(tracker, tmp_path
 
 
 def test_each_loss_of_a_merge_is_logged_once(tmp_path):
-    proof = MergeProof(
-        tensors=1,
-        changed=(),
-        unchanged=1,
-        prediction_difference=0.0,
-        prediction_limit=1e-6,
-        largest_logit_difference=0.0,
-        kl_divergence=0.0,
-        top1_agreement=1.0,
-        probe_tokens=1,
-        losses={"base_and_adapter": 0.41, "merged": 0.42},
-    )
+    proof = merge_proof(losses={"base_and_adapter": 0.41, "merged": 0.42})
     merged = MergedModel(path=tmp_path, base_digest="b", adapter_digest="a", dtype="bfloat16", proof=proof)
     metrics = merge_task._describe(merged).metrics
     assert {name: value for name, value in metrics.items() if value in (0.41, 0.42)} == {
