@@ -165,6 +165,10 @@ class TensorChange(Record):
     """Frobenius norm of the change over that of the base tensor."""
 
 
+SURE = 2.0
+"""Standard errors that a cost must exceed to count as measured: about 95 % one-sided confidence."""
+
+
 class RoundingCost(Record):
     """What rounding the merged weights to one dtype does to the loss on held-out rows, in nats a token."""
 
@@ -180,8 +184,15 @@ class RoundingCost(Record):
     notable: bool
     """Whether the cost is beyond doubt and more than a few percent of the gain."""
 
+    @property
+    def measured(self) -> bool:
+        """Whether the cost is beyond what its spread over tokens explains."""
+        return self.cost > SURE * self.standard_error
+
     def in_words(self) -> str:
-        """Such as `rounding to bfloat16 costs 0.0013 nats (0.1 % of what training gained)`."""
+        """Such as `rounding to bfloat16 costs 0.0013 nats (0.1% of what training gained)`."""
+        if not self.measured:
+            return f"rounding to {self.dtype} costs nothing measurable"
         share = f" ({self.cost / self.gain:.1%} of what training gained)" if self.gain > 0 else ""
         return f"rounding to {self.dtype} costs {self.cost:.4f} nats{share}"
 

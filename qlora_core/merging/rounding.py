@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from qlora_core.artifacts import ModelSnapshot, RoundingCost, Scores
+from qlora_core.artifacts import SURE, ModelSnapshot, RoundingCost, Scores
 from qlora_core.events import Note, Report
 from qlora_core.merging.logits import token_losses
 from qlora_core.merging.reference import round_in_memory
@@ -17,8 +17,6 @@ from qlora_core.modeling.rows import TokenRow
 
 NOTABLE_SHARE = 0.02
 """Of what training gained: rounding that costs more is told, and `auto` takes a finer dtype."""
-SURE = 2.0
-"""Standard errors that a cost must exceed to count as measured: about 95 % one-sided confidence."""
 FINER = {"bfloat16": ("float16", "float32"), "float16": ("float32",), "float32": ()}
 """By the base's dtype: what `auto` tries where the base's own costs too much. float16 has eight times the steps of
 bfloat16 between two powers of two, for the same bytes."""
@@ -86,13 +84,9 @@ def _cost(dtype: str, before: torch.Tensor, trained: torch.Tensor, merged: torch
     added = merged - trained
     cost, gain = float(added.mean()), float((before - trained).mean())
     error = float(added.std()) / len(added) ** 0.5 if len(added) > 1 else 0.0
+    notable = cost > SURE * error and cost > NOTABLE_SHARE * abs(gain)
     return RoundingCost(
-        dtype=dtype,
-        loss=float(merged.mean()),
-        cost=cost,
-        standard_error=error,
-        gain=gain,
-        notable=cost > SURE * error and cost > NOTABLE_SHARE * abs(gain),
+        dtype=dtype, loss=float(merged.mean()), cost=cost, standard_error=error, gain=gain, notable=notable
     )
 
 
