@@ -51,7 +51,6 @@ def test_a_port_that_another_home_holds_is_named_with_that_home(option, alone, t
     assert str(port) not in result.stdout, "the address of another home's server is given out as ours"
 
 
-@pytest.mark.minutes
 def test_a_damaged_database_is_named_before_any_server_starts(alone, tmp_path):
     database = tmp_path / "home" / "mlflow" / "mlflow.db"
     database.parent.mkdir(parents=True)

@@ -30,8 +30,6 @@ RECIPE = Recipe.model_validate(
     }
 )
 
-pytestmark = pytest.mark.minutes
-
 
 @pytest.fixture(scope="module")
 def registry(tmp_path_factory, request) -> ModelRegistry:
