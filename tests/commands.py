@@ -25,6 +25,7 @@ START_TIMEOUT_S = 300
 READ_LATE = ("QLORA_", "PREFECT_", "MLFLOW_", "AWS_", "COLUMNS", "PYTEST_")
 """Variables that are read when a command runs; the others when a library is imported."""
 READ_BY_PYTHON = ("LANG", "LC_ALL", "PYTHONIOENCODING", "PYTHONUTF8")
+"""Variables that say how Python itself starts, so that no fork can follow them."""
 PATIENCE_S = 15
 
 

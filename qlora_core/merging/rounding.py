@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from qlora_core.artifacts import SURE, ModelSnapshot, RoundingCost, Scores
+from qlora_core.artifacts import ModelSnapshot, RoundingCost, Scores
 from qlora_core.events import Note, Report
 from qlora_core.merging.logits import token_losses
 from qlora_core.merging.reference import round_in_memory
@@ -84,10 +84,10 @@ def _cost(dtype: str, before: torch.Tensor, trained: torch.Tensor, merged: torch
     added = merged - trained
     cost, gain = float(added.mean()), float((before - trained).mean())
     error = float(added.std()) / len(added) ** 0.5 if len(added) > 1 else 0.0
-    notable = cost > SURE * error and cost > NOTABLE_SHARE * abs(gain)
-    return RoundingCost(
-        dtype=dtype, loss=float(merged.mean()), cost=cost, standard_error=error, gain=gain, notable=notable
+    found = RoundingCost(
+        dtype=dtype, loss=float(merged.mean()), cost=cost, standard_error=error, gain=gain, notable=False
     )
+    return found.model_copy(update={"notable": found.measured and cost > NOTABLE_SHARE * abs(gain)})
 
 
 def _losses_in_float16(adapted: PeftModel, rows: Sequence[TokenRow]) -> torch.Tensor | None:
